@@ -1,0 +1,40 @@
+# Plain make from 3.81 on, with sh. `make` alone lists the targets.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format docs constraints clean distclean
+
+# Every tool runs as a module of .venv's Python: scripts on PATH may belong to another environment.
+python := .venv/bin/python
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+setup: ## make or update .venv with everything in it (PYTHON=python3.12 picks the Python)
+	@sh tools/setup.sh
+
+demo: setup ## run the whole worker on this machine, queue and callbacks included (ARGS='--help')
+	@.venv/bin/cvworker demo $(ARGS)
+
+test: lint ## lint, check types and run all tests (ARGS='-k name')
+	$(python) -m pytest $(ARGS)
+
+lint: setup ## ruff and mypy, without the tests
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy
+
+format: setup ## put the code into the project's form
+	$(python) -m ruff check --fix .
+	$(python) -m ruff format .
+
+docs: setup ## write docs/settings.md anew from the settings class
+	@$(python) tools/settings_reference.py
+
+constraints: ## pin anew what make setup installs, in constraints.txt (takes minutes and a second environment)
+	@sh tools/setup.sh constraints
+
+clean: ## remove caches and build outputs
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name .venv -prune -o -name .git -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+distclean: clean ## remove .venv too
+	rm -rf .venv

@@ -1,0 +1,165 @@
+"""What is around the steps, once: timing them, and deciding what becomes of a job after each."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from cvworker.answer import WorkerInfo, answer_body
+from cvworker.errors import JobError, UrlNotAllowed
+from cvworker.sqs.outcome import ANSWERED, LOST, RELEASED, End, Outcome
+from cvworker.steps.callback import CallbackRefused
+
+if TYPE_CHECKING:
+    from cvworker.clock import Clock
+    from cvworker.job import Job
+    from cvworker.observe.metrics import Metrics
+    from cvworker.queues import JobQueue
+    from cvworker.sqs.custody import Custody
+    from cvworker.steps.callback import CallbackSender
+    from cvworker.steps.download import Fetcher
+
+log = structlog.get_logger(__name__)
+
+
+class Flow:
+    """Moves jobs from step to step: downloaded → inference queue, inferred or failed → results queue, answered → end."""
+
+    def __init__(
+        self,
+        custody: Custody,
+        *,
+        inference_queue: JobQueue,
+        results_queue: JobQueue,
+        metrics: Metrics,
+        clock: Clock,
+        default_callback: str | None,
+    ) -> None:
+        self._custody = custody
+        self._inference_queue = inference_queue
+        self._results_queue = results_queue
+        self._metrics = metrics
+        self._clock = clock
+        self._default_callback = default_callback
+        self.info: WorkerInfo | None = None
+        self.sender: CallbackSender | None = None
+
+    async def download(self, job: Job, fetcher: Fetcher) -> None:
+        """One job's download, on a download thread's event loop."""
+        if not self._custody.alive(job):
+            self.settle(job, LOST)
+            return
+        began = time.perf_counter()
+        try:
+            job.image = await fetcher.fetch(job.request.image_url or "")
+        except JobError as error:
+            if self._to_be_answered(job, error):
+                await self._results_queue.aput(job)
+        finally:
+            took = time.perf_counter() - began
+            job.timings_ms["download"] = took * 1000
+            self._metrics.timed("download", took)
+        if job.image is not None:
+            await self._inference_queue.aput(job)
+
+    def inferred(self, job: Job) -> None:
+        """The model has a result. Waits for room: an inference that outruns the callbacks is held back here."""
+        self._metrics.timed("preprocess", job.timings_ms["preprocess"] / 1000)
+        self._results_queue.put(job)
+
+    def failed(self, job: Job, error: JobError) -> None:
+        """Preprocess or process failed for the job."""
+        if self._to_be_answered(job, error):
+            self._results_queue.put(job)
+
+    def refused(self, job: Job) -> None:
+        """The request itself cannot be worked on: it is answered with its error."""
+        assert job.error is not None
+        self._metrics.errors.labels(job.error.code).inc()
+        self._results_queue.put(job)
+
+    def dropped(self, job: Job) -> None:
+        """The lease was lost on the way: the message is somebody else's now."""
+        self.settle(job, LOST)
+
+    def surprised(self, job: Job, error: Exception) -> None:
+        """A step raised what it should not have: the message is tried again, and nothing is lost."""
+        self.settle(job, self._custody.unanswered(job), problem=type(error).__name__)
+
+    async def answer(self, job: Job) -> None:
+        """Post one job's answer and settle it."""
+        if job.lease.lost:
+            self.settle(job, LOST)
+            return
+        url = job.request.callback_url
+        if url is None:
+            self.settle(job, self._custody.unanswerable(job), problem="no usable callback_url")
+            return
+        try:
+            status = await self._post(job, url)
+        except CallbackRefused as refused:
+            self.settle(job, self._custody.unanswered(job, refused.retry_after), problem=f"callback: {refused}")
+        except UrlNotAllowed as refused:
+            self.settle(job, self._custody.unanswerable(job), problem=f"callback_url: {refused}")
+        else:
+            self.settle(job, ANSWERED, callback_status=status)
+
+    def release(self, job: Job) -> None:
+        """Give a job back untouched, because the worker stops."""
+        self.settle(job, RELEASED)
+
+    def settle(self, job: Job, outcome: Outcome, **why: Any) -> None:
+        """End a job and write its one line in the log."""
+        if job.ended:
+            return
+        self._custody.settle(job, outcome)
+        timings = {name: round(value, 1) for name, value in job.timings_ms.items()}
+        if job.error is not None:
+            why["code"] = job.error.code
+        if outcome.delay:
+            why["again_in_s"] = round(outcome.delay, 1)
+        log.log(
+            20 if outcome.end in (End.ANSWERED, End.RELEASED) else 30,
+            outcome.end.value,
+            id=job.request.id.encode("ascii", "backslashreplace").decode(),
+            message_id=job.lease.message_id,
+            attempt=job.lease.attempt,
+            **why,
+            timings_ms=timings,
+        )
+
+    async def _post(self, job: Job, url: str) -> int:
+        assert self.sender is not None
+        try:
+            return (await self.sender.post(url, job.request.key, self._body(job))).status
+        except UrlNotAllowed as refused:
+            if self._default_callback in (None, url):
+                raise
+            job.result, job.error = None, UrlNotAllowed(f"callback_url: {refused}")
+            self._metrics.errors.labels(job.error.code).inc()
+            return (await self.sender.post(self._default_callback or "", job.request.key, self._body(job))).status
+
+    def _body(self, job: Job) -> bytes:
+        assert self.info is not None
+        lease, timings = job.lease, job.timings_ms
+        timings["queue"] = (lease.received_at - lease.sent_at) * 1000
+        timings["total"] = (self._clock.wall() - lease.sent_at) * 1000
+        try:
+            return answer_body(
+                job.request, result=job.result, error=job.error, attempt=lease.attempt, timings_ms=timings, worker=self.info
+            )
+        except JobError as error:  # the result cannot be written
+            job.result, job.error = None, error
+            return self._body(job)
+
+    def _to_be_answered(self, job: Job, error: JobError) -> bool:
+        """Take note of an error; True if the client is to be told of it now."""
+        self._metrics.errors.labels(error.code).inc()
+        job.error = error.with_traceback(None)  # frames would keep the image in memory
+        outcome = self._custody.verdict(job, error)
+        if outcome is None:
+            return True
+        self.settle(job, outcome, problem=error.message)
+        return False

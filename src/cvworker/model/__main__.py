@@ -1,0 +1,3 @@
+from cvworker.model.process import main
+
+main()

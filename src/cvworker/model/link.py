@@ -1,0 +1,102 @@
+"""The worker's side of a model process: start it, speak with it, end it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import structlog
+
+from cvworker.errors import StartupError
+from cvworker.model.config import ModelConfig
+
+HIDDEN_PREFIXES = ("AWS_", "CVWORKER_CALLBACK_SECRET", "ECS_")
+"""Variables the model process does not get: it decodes untrusted bytes and needs no credentials."""
+DUMP_S = 0.3
+
+log = structlog.get_logger(__name__)
+
+
+class ModelLink:
+    """One model process, from its start to its end."""
+
+    def __init__(self, config: ModelConfig, arena_fd: int) -> None:
+        self._config = config
+        self._arena_fd = arena_fd
+        self._lock = threading.Lock()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "cvworker.model", str(theirs.fileno()), str(arena_fd)],
+                pass_fds=(theirs.fileno(), arena_fd),
+                env={k: v for k, v in os.environ.items() if not k.startswith(HIDDEN_PREFIXES)},
+                stdin=subprocess.DEVNULL,
+            )
+        self._connection = Connection(ours.detach())
+        self._connection.send_bytes(config.dump())
+        self.pid = self._process.pid
+
+    def wait_ready(self) -> dict[str, Any]:
+        """Wait until the model is loaded and warm; what it says of itself.
+
+        Raises:
+            StartupError: it says that it cannot run, or it ended.
+        """
+        for frame in self.frames():
+            if "ready" in frame:
+                ready: dict[str, Any] = frame["ready"]
+                return ready
+            if "unusable" in frame:
+                raise StartupError(frame["unusable"])
+        raise StartupError(f"module: its process ended while starting ({self.how_it_ended()}); see the log above")
+
+    def frames(self) -> Iterator[dict[str, Any]]:
+        """What the process says, until it ends."""
+        while True:
+            try:
+                yield json.loads(self._connection.recv_bytes())
+            except (EOFError, OSError):
+                return
+
+    def submit(self, jobs: list[tuple[int, int, int, bool]]) -> None:
+        """Hand over images; silently nothing if the process has ended, which :meth:`frames` tells."""
+        self._send({"jobs": jobs})
+
+    def stop(self, timeout: float) -> None:
+        """Let it finish what it has, and end it if that takes longer than ``timeout`` seconds."""
+        self._send({"stop": True})
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self, *, dump: bool = False) -> None:
+        """End it at once, with the stacks of its threads on stderr first where ``dump``."""
+        if dump and self._process.poll() is None:
+            self._process.send_signal(signal.SIGUSR1)
+            time.sleep(DUMP_S)
+        self._process.kill()
+        self._process.wait()
+
+    def how_it_ended(self) -> str:
+        code = self._process.wait()
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _send(self, frame: dict[str, Any]) -> None:
+        try:
+            with self._lock:
+                self._connection.send_bytes(json.dumps(frame).encode())
+        except OSError:
+            pass

@@ -1,0 +1,242 @@
+"""The model process: the module, the DataLoader and the inference threads, told what to do over one connection.
+
+It holds no credentials, no secrets and no sockets to the outside. It ends when the connection does.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import multiprocessing
+import os
+import queue
+import resource
+import signal
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+from cvworker.errors import JobError, StartupError
+from cvworker.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from cvworker.model.batcher import Sample
+    from cvworker.model.runner import Done, Staged
+    from cvworker.module import Module
+
+START_TIMEOUT_S = 120.0
+
+
+class ModelProcess:
+    """Composes feeder → batcher → stage → run, and speaks with the worker."""
+
+    def __init__(self, connection: Connection, config: ModelConfig, arena_fd: int) -> None:
+        self._connection = connection
+        self._config = config
+        self._arena_fd = arena_fd
+        self._sending = threading.Lock()
+        self._staged: queue.Queue[Staged | None] = queue.Queue(maxsize=1)
+        self._warm: queue.Queue[dict[str, Any]] = queue.Queue()
+
+    def run(self) -> None:
+        """Start, say ready, and serve until told to stop."""
+        import torch
+
+        from cvworker.loading import load, make
+        from cvworker.model.batcher import Batcher
+        from cvworker.model.feeder import Feeder
+        from cvworker.model.runner import Runner
+        from cvworker.weights import sha256_of
+
+        config = self._config
+        module = make(load(config.module), config.weights)
+        device = _device(config.device)
+        pin = device.type == "cuda"
+        self._batcher = Batcher(config.batch_size, config.max_wait_ms / 1000, time.monotonic)
+        self._feeder = Feeder(
+            config, self._arena_fd, module, pin=pin, deliver=self._batcher.add, failed=self._refuse
+        )
+        feeding = _thread(self._feed, "feeder")
+        precision = "fp32" if config.precision == "auto" else config.precision
+        try:
+            module.setup(device)
+        except StartupError:
+            raise
+        except Exception as error:
+            raise StartupError(f"module: {module.name}.setup raised {type(error).__name__}: {error}") from error
+        self._runner = Runner(module, device, precision, config.batch_size)
+        computing = _thread(lambda: self._compute(module), "inference")
+        warm = self._warm.get()
+        if not self._feeder.wait_until_started(START_TIMEOUT_S):
+            raise StartupError("the DataLoader's processes did not start; see the log above")
+        staging = _thread(self._stage, "stage")
+        self.send(
+            {
+                "ready": {
+                    "name": module.name,
+                    "device": str(device),
+                    "device_name": torch.cuda.get_device_name(device) if pin else "cpu",
+                    "precision": precision,
+                    "weights": sha256_of(module.weights) if module.weights else None,
+                    "min_side": module.min_side,
+                    **warm,
+                }
+            }
+        )
+        self._serve()
+        self._feeder.close()
+        for thread in (feeding, staging, computing):
+            thread.join()
+
+    def send(self, frame: dict[str, Any]) -> None:
+        self.send_text(json.dumps(frame))
+
+    def send_text(self, text: str) -> None:
+        with self._sending:
+            self._connection.send_bytes(text.encode())
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                frame = json.loads(self._connection.recv_bytes())
+            except (EOFError, OSError):
+                os._exit(0)  # the worker is gone; nobody is left to answer to
+            if "stop" in frame:
+                return
+            self._feeder.submit([(number, offset, length, bool(alone)) for number, offset, length, alone in frame["jobs"]])
+
+    def _feed(self) -> None:
+        self._feeder.run()
+        self._batcher.close()
+
+    def _stage(self) -> None:
+        while samples := self._batcher.take():
+            self._staged.put(self._runner.stage(samples))
+        self._staged.put(None)
+
+    def _compute(self, module: Module) -> None:
+        # Warmed up on the thread that will compute: libraries keep thread pools for each thread that uses them, and
+        # a decoding thread that limits its own would limit those not yet made.
+        self._warm.put(self._warm_up(module))
+        while (staged := self._staged.get()) is not None:
+            self.send({"started": [sample.number for sample in staged.samples]})
+            began = time.monotonic()
+            done = self._runner.run(staged)
+            self._batcher.batch_size = self._runner.batch_size
+            self.send_text(_done_frame(done, time.monotonic() - began))
+
+    def _refuse(self, number: int, error: JobError) -> None:
+        self.send({"failed": [number, type(error).__name__, error.message]})
+
+    def _warm_up(self, module: Module) -> dict[str, Any]:
+        """Run the example through every hook, as a lone one and as a full batch: what is slow the first time is done."""
+        from cvworker.model.batcher import Sample
+        from cvworker.model.preprocess import describe
+
+        try:
+            began = time.perf_counter()
+            value = module.preprocess(module.example())
+            preprocess_ms = (time.perf_counter() - began) * 1000
+            samples = [Sample(0, value, 0.0) for _ in range(self._config.batch_size)]
+        except Exception as error:
+            return {"warning": f"preprocess: {describe(error)}"}
+        result: list[Done] = []
+        for size in dict.fromkeys((1, len(samples))):
+            result = self._runner.run(self._runner.stage(samples[:size]))
+            if result[0].error is not None:
+                return {"warning": f"process: {result[0].error.message}"}
+        return {
+            "example": json.loads(result[0].result or "null"),
+            "shapes": describe_sample(value),
+            "preprocess_ms": round(preprocess_ms, 2),
+            "process_ms": round(result[0].process_ms, 2),
+        }
+
+
+def describe_sample(sample: Any) -> str:
+    """The shapes and types of a sample, for people."""
+    import torch
+
+    if isinstance(sample, torch.Tensor):
+        return f"{str(sample.dtype).removeprefix('torch.')} {list(sample.shape)}"
+    if isinstance(sample, dict):
+        return "{" + ", ".join(f"{key}: {describe_sample(value)}" for key, value in sample.items()) + "}"
+    if isinstance(sample, (list, tuple)):
+        return "[" + ", ".join(describe_sample(value) for value in sample) + "]"
+    return type(sample).__name__
+
+
+def main() -> None:
+    """Entry point: ``python -m cvworker.model CONNECTION_FD ARENA_FD``, the configuration as the first frame."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # stops are told over the connection
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))  # a descriptor for each chunk
+    connection, arena_fd = Connection(int(sys.argv[1])), int(sys.argv[2])
+    config = ModelConfig.load(connection.recv_bytes())
+    _start_fork_server(config)
+
+    from cvworker.observe.logs import configure
+
+    configure(config.log_format, config.log_level)
+    process = ModelProcess(connection, config, arena_fd)
+    try:
+        process.run()
+    except StartupError as error:
+        process.send({"unusable": str(error)})
+        os._exit(2)
+    os._exit(0)  # the interpreter's own end would wait for threads and caches that nobody needs
+
+
+def _start_fork_server(config: ModelConfig) -> None:
+    """Begin at once: the server imports torch while this process does."""
+    if config.preprocess_workers == 0:
+        return
+    os.environ["CVWORKER_PRELOAD"] = json.dumps({"module": config.module, "path": sys.path})
+    multiprocessing.set_forkserver_preload(["cvworker.model.preload"])
+    from multiprocessing.forkserver import ensure_running
+
+    ensure_running()
+
+
+def _device(wanted: str) -> Any:
+    import torch
+
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise StartupError(
+            f"device: {wanted} is not there ({torch.cuda.device_count()} CUDA devices found); use cpu or auto"
+        )
+    return device
+
+
+def _thread(target: Any, name: str) -> threading.Thread:
+    """A thread whose failure ends the process: the worker sees that, and a dead thread would go unseen."""
+
+    def guarded() -> None:
+        try:
+            target()
+        except BaseException:
+            import structlog
+
+            structlog.get_logger(__name__).critical("a thread of the model process ended", thread=name, exc_info=True)
+            os._exit(70)
+
+    thread = threading.Thread(target=guarded, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def _done_frame(done: list[Done], busy: float) -> str:
+    rows = []
+    for each in done:
+        error = "null" if each.error is None else json.dumps([type(each.error).__name__, each.error.message])
+        times = f"{each.sample.preprocess_ms:.3f},{each.process_ms:.3f}"
+        rows.append(f"[{each.sample.number},{times},{each.result or 'null'},{error}]")
+    return f'{{"done":[{",".join(rows)}],"busy":{busy:.6f}}}'

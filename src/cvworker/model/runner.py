@@ -1,0 +1,150 @@
+"""One batch through ``process``: results for the good samples, an error for each guilty one."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+import torch
+from torch.utils import _pytree as pytree
+
+from cvworker.errors import JobError, ProcessFailed
+from cvworker.model.batcher import Sample
+from cvworker.model.preprocess import describe
+from cvworker.module import Module
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Staged:
+    """A batch on its way: the samples it was made of, and what :meth:`Runner.stage` made of them."""
+
+    samples: list[Sample]
+    batch: Any = None
+    copied: torch.cuda.Event | None = None
+    error: Exception | None = None
+
+
+@dataclass(slots=True)
+class Done:
+    """What became of one sample: its result as JSON text, or an error."""
+
+    sample: Sample
+    process_ms: float
+    result: str | None = None
+    error: JobError | None = None
+
+
+class Runner:
+    """Runs a module's ``collate`` and ``process`` on a device.
+
+    ``stage`` and ``run`` belong to two threads: while one batch computes, the next is collated and copied.
+    """
+
+    def __init__(self, module: Module, device: torch.device, precision: str, batch_size: int) -> None:
+        self._module = module
+        self._device = device
+        self._dtype = PRECISIONS[precision]
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.batch_size = batch_size
+        """The largest batch that goes to ``process``; halved when the device runs out of memory."""
+
+    def stage(self, samples: list[Sample]) -> Staged:
+        """Collate samples and begin their copy to the device; an error is kept for :meth:`run` to deal with."""
+        staged = Staged(samples)
+        try:
+            staged.batch, staged.copied = self._collate(samples)
+        except Exception as error:  # collate is the module's
+            staged.error = error.with_traceback(None)
+        return staged
+
+    def run(self, staged: Staged) -> list[Done]:
+        """Results for a staged batch, in order; samples that fail are tried one by one, so only the guilty one does."""
+        try:
+            if staged.error is not None:
+                raise staged.error
+            if staged.copied is not None:
+                torch.cuda.current_stream(self._device).wait_event(staged.copied)
+                _keep(staged.batch, torch.cuda.current_stream(self._device))
+            began = time.perf_counter()
+            results = self._process(staged.batch, len(staged.samples))
+            took = (time.perf_counter() - began) * 1000
+        except torch.OutOfMemoryError as error:
+            return self._halve(staged.samples, error)
+        except Exception as error:  # process is the module's
+            return self._one_by_one(staged.samples, error)
+        return [_encoded(sample, took, result) for sample, result in zip(staged.samples, results, strict=True)]
+
+    def _process(self, batch: Any, size: int) -> Sequence[Any]:
+        with torch.inference_mode(), self._autocast():
+            results = self._module.process(batch)
+        if isinstance(results, (str, bytes, Mapping)) or not isinstance(results, Sequence):
+            raise ProcessFailed(f"process returned {type(results).__name__}, not a sequence of results")
+        if len(results) != size:
+            raise ProcessFailed(f"process returned {len(results)} results for a batch of {size}")
+        return results
+
+    def _one_by_one(self, samples: list[Sample], error: Exception) -> list[Done]:
+        if len(samples) == 1:
+            failure = error if isinstance(error, ProcessFailed) else ProcessFailed(describe(error))
+            log.warning("process failed", job=samples[0].number, error=failure.message, exc_info=_shown(error))
+            return [Done(samples[0], 0.0, error=failure.with_traceback(None))]
+        log.warning("process failed for a batch; its samples are tried one by one", batch=len(samples), error=describe(error))
+        return [done for sample in samples for done in self.run(self.stage([sample]))]
+
+    def _halve(self, samples: list[Sample], error: Exception) -> list[Done]:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(samples) == 1:
+            return self._one_by_one(samples, error)
+        half = len(samples) // 2
+        self.batch_size = min(self.batch_size, half)
+        log.warning("out of device memory; the batch is halved", batch_size=self.batch_size)
+        return [done for part in (samples[:half], samples[half:]) for done in self.run(self.stage(part))]
+
+    def _collate(self, samples: list[Sample]) -> tuple[Any, torch.cuda.Event | None]:
+        batch = self._module.collate([sample.value for sample in samples])
+        if self._stream is None:
+            return batch, None
+        with torch.cuda.stream(self._stream):
+            batch = pytree.tree_map_only(torch.Tensor, self._to_device, batch)
+            copied = torch.cuda.Event()
+            copied.record(self._stream)
+        return batch, copied
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type == "cpu" and not tensor.is_pinned():
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self._dtype is None:
+            return nullcontext()
+        return torch.autocast(self._device.type, dtype=self._dtype)
+
+
+def _keep(batch: Any, stream: torch.cuda.Stream) -> None:
+    """Tell the allocator that the compute stream uses what the copy stream allocated."""
+    pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.record_stream(stream), batch)
+
+
+def _encoded(sample: Sample, took: float, result: Any) -> Done:
+    if not isinstance(result, Mapping):
+        error = ProcessFailed(f"process returned {type(result).__name__} as a result, not a mapping")
+        return Done(sample, took, error=error)
+    try:
+        return Done(sample, took, result=json.dumps(result, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        return Done(sample, took, error=ProcessFailed(f"the result is not JSON: {describe(error)}"))
+
+
+def _shown(error: Exception) -> Exception | None:
+    return None if isinstance(error, ProcessFailed) else error

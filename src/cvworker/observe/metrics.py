@@ -1,0 +1,118 @@
+"""What the worker counts and times, in Prometheus' terms."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+STAGES = ("receive", "download", "preprocess", "process", "callback")
+QUEUES = ("download", "inference", "results")
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+LONG_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+RECENT = 1000
+"""Messages whose latency and timings the status shows quantiles of."""
+
+
+class Metrics:
+    """Counters and histograms with a registry of their own, so that two workers in one process do not mix."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        registry = self.registry
+        self.messages = Counter("cvworker_messages", "Messages ended", ["outcome"], registry=registry)
+        self.errors = Counter("cvworker_errors", "Errors answered or retried", ["code"], registry=registry)
+        self.inflight = Gauge("cvworker_inflight_messages", "Messages held", registry=registry)
+        self.queue_depth = Gauge("cvworker_queue_depth", "Jobs waiting", ["queue"], registry=registry)
+        self.queue_limit = Gauge("cvworker_queue_limit", "Bound of the queue", ["queue"], registry=registry)
+        self.stage_duration = Histogram(
+            "cvworker_stage_duration_seconds", "Time in a stage", ["stage"], registry=registry, buckets=SECONDS
+        )
+        self.stage_busy = Gauge(
+            "cvworker_stage_busy_ratio", "Share of a stage's capacity in use over the last seconds", ["stage"],
+            registry=registry,
+        )
+        self.queue_wait = Histogram(
+            "cvworker_queue_wait_seconds", "Sent to received", registry=registry, buckets=LONG_SECONDS
+        )
+        self.end_to_end = Histogram(
+            "cvworker_end_to_end_seconds", "Sent to answered", registry=registry, buckets=LONG_SECONDS
+        )
+        self.batch_size = Histogram("cvworker_batch_size", "Samples in a batch", registry=registry, buckets=BATCHES)
+        self.callbacks = Counter("cvworker_callbacks", "Callback requests", ["code_class"], registry=registry)
+        self.sqs_requests = Counter(
+            "cvworker_sqs_requests", "Calls to SQS", ["operation", "outcome"], registry=registry
+        )
+        self.extensions = Counter("cvworker_visibility_extensions", "Leases extended", registry=registry)
+        self.leases_lost = Counter("cvworker_leases_lost", "Leases lost or let go", registry=registry)
+        self.restarts = Counter("cvworker_model_restarts", "Model processes brought back", registry=registry)
+        for stage in STAGES:
+            self.stage_duration.labels(stage)
+            self.stage_busy.labels(stage)
+        self._stage = {stage: self.stage_duration.labels(stage) for stage in STAGES}
+        self.busy = Busy()
+        self.recent: deque[tuple[float, dict[str, float]]] = deque(maxlen=RECENT)
+
+    def timed(self, stage: str, seconds: float) -> None:
+        """Count one piece of work of a stage."""
+        self._stage[stage].observe(seconds)
+        self.busy.add(stage, seconds)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def totals(self, counter: Counter) -> dict[str, float]:
+        """A counter's values by label, those that are not zero."""
+        return {
+            ",".join(sample.labels.values()): sample.value
+            for metric in counter.collect()
+            for sample in metric.samples
+            if sample.name.endswith("_total") and sample.value
+        }
+
+    def quantiles(self) -> dict[str, dict[str, float]]:
+        """p50 and p95 of the last messages' timings, in milliseconds."""
+        rows = list(self.recent)
+        found: dict[str, dict[str, float]] = {}
+        for name in sorted({name for _, timings in rows for name in timings}):
+            values = sorted(timings[name] for _, timings in rows if name in timings)
+            found[name] = {"p50": values[len(values) // 2], "p95": values[int(len(values) * 0.95)]}
+        return found
+
+    def rate(self, seconds: float = 10.0) -> float:
+        """Messages answered a second, over the last ``seconds``."""
+        now = time.monotonic()
+        rows = [at for at, _ in self.recent if now - at <= seconds]
+        if not rows:
+            return 0.0
+        span = seconds if len(self.recent) < RECENT else max(now - rows[0], 0.001)
+        return len(rows) / span
+
+
+class Busy:
+    """Seconds of work by stage, turned into the share of the capacity used since the last look."""
+
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(STAGES, 0.0)
+        self._lock = threading.Lock()
+        self._looked_at = time.monotonic()
+        self.ratios = dict.fromkeys(STAGES, 0.0)
+
+    def add(self, stage: str, seconds: float) -> None:
+        with self._lock:
+            self._seconds[stage] += seconds
+
+    def look(self, capacity: Mapping[str, Callable[[], float]]) -> dict[str, float]:
+        now = time.monotonic()
+        with self._lock:
+            elapsed = max(now - self._looked_at, 1e-6)
+            self._looked_at = now
+            seconds, self._seconds = self._seconds, dict.fromkeys(STAGES, 0.0)
+        for stage, work in seconds.items():
+            ratio = min(1.0, work / (elapsed * max(capacity[stage](), 1.0)))
+            self.ratios[stage] = round(0.7 * self.ratios[stage] + 0.3 * ratio, 4)  # smoothed over some seconds
+        return self.ratios

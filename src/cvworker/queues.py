@@ -1,0 +1,171 @@
+"""The bounded queue between two steps, shared by threads and event loops."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+
+from cvworker.job import Job
+
+_RECHECK_S = 1.0
+"""A waiting thread looks again this often, so that a wake-up given to a cancelled waiter delays, never hangs."""
+
+
+class QueueClosed(Exception):
+    """The queue is closed and empty."""
+
+
+class JobQueue:
+    """First in, first out, at most ``limit`` jobs; the limit may change while jobs wait.
+
+    Threads use :meth:`put` and :meth:`get`, coroutines :meth:`aput` and :meth:`aget`. A waiter is only woken and then
+    looks for itself, so a wake-up too many is harmless.
+    """
+
+    def __init__(self, name: str, limit: int, clock: Callable[[], float]) -> None:
+        self.name = name
+        self._limit = limit
+        self._clock = clock
+        self._jobs: deque[Job] = deque()
+        self._reserved = 0
+        self._closed = False
+        self._lock = threading.Lock()
+        self._getters: deque[Future[None]] = deque()
+        self._putters: deque[Future[None]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def limit(self) -> int:
+        return self._limit
+
+    @limit.setter
+    def limit(self, value: int) -> None:
+        with self._lock:
+            grown, self._limit = value > self._limit, value
+            if grown:
+                self._wake(self._putters, len(self._putters))
+
+    def close(self) -> None:
+        """Let getters take what is left and then raise :class:`QueueClosed`; nobody waits for room any more."""
+        with self._lock:
+            self._closed = True
+            self._wake(self._getters, len(self._getters))
+            self._wake(self._putters, len(self._putters))
+
+    def drain(self) -> list[Job]:
+        """Take out everything that waits."""
+        with self._lock:
+            jobs = list(self._jobs)
+            self._jobs.clear()
+            self._wake(self._putters, len(self._putters))
+            return jobs
+
+    def reserve(self, at_most: int, *, timeout: float) -> int:
+        """Keep up to ``at_most`` places for :meth:`fill`; 0 when none came free within ``timeout`` seconds."""
+        with self._lock:
+            free = self._limit - len(self._jobs) - self._reserved
+            if free > 0:
+                taken = min(free, at_most)
+                self._reserved += taken
+                return taken
+            waiter = self._wait(self._putters)
+        self._wait_thread(waiter, timeout)
+        with self._lock:
+            taken = max(0, min(self._limit - len(self._jobs) - self._reserved, at_most))
+            self._reserved += taken
+            return taken
+
+    def fill(self, jobs: list[Job], reserved: int) -> None:
+        """Put jobs into ``reserved`` places and give back those not used (a message may hold several jobs)."""
+        with self._lock:
+            self._reserved -= reserved
+            self._append(jobs)
+            unused = reserved - len(jobs)
+            if unused > 0:
+                self._wake(self._putters, unused)
+
+    def put(self, job: Job) -> None:
+        """Add a job, waiting for room."""
+        while (waiter := self._try_put(job)) is not None:
+            self._wait_thread(waiter, _RECHECK_S)
+
+    async def aput(self, job: Job) -> None:
+        """Add a job, waiting for room."""
+        while (waiter := self._try_put(job)) is not None:
+            await asyncio.wrap_future(waiter)
+
+    def get(self, at_most: int = 1, *, timeout: float | None = None) -> list[Job]:
+        """Take up to ``at_most`` jobs, waiting for the first; empty after ``timeout`` seconds.
+
+        Raises:
+            QueueClosed: closed and empty.
+        """
+        taken = self._try_get(at_most)
+        while isinstance(taken, Future):
+            if timeout is not None:
+                self._wait_thread(taken, timeout)
+                again = self._try_get(at_most)
+                return [] if isinstance(again, Future) else again
+            self._wait_thread(taken, _RECHECK_S)
+            taken = self._try_get(at_most)
+        return taken
+
+    async def aget(self) -> Job:
+        """Take one job, waiting for it. Raises QueueClosed as :meth:`get` does."""
+        while isinstance(taken := self._try_get(1), Future):
+            await asyncio.wrap_future(taken)
+        return taken[0]
+
+    def _try_put(self, job: Job) -> Future[None] | None:
+        with self._lock:
+            if len(self._jobs) + self._reserved < self._limit or self._closed:
+                self._append([job])
+                return None
+            return self._wait(self._putters)
+
+    def _try_get(self, at_most: int) -> list[Job] | Future[None]:
+        with self._lock:
+            if self._jobs:
+                count = min(at_most, len(self._jobs))
+                taken = [self._jobs.popleft() for _ in range(count)]
+                self._wake(self._putters, count)
+                return taken
+            if self._closed:
+                raise QueueClosed(self.name)
+            return self._wait(self._getters)
+
+    def _append(self, jobs: list[Job]) -> None:
+        now = self._clock()
+        for job in jobs:
+            job.queued_at = now
+            self._jobs.append(job)
+        self._wake(self._getters, len(jobs))
+
+    @staticmethod
+    def _wait(waiters: deque[Future[None]]) -> Future[None]:
+        waiter: Future[None] = Future()
+        waiters.append(waiter)
+        return waiter
+
+    @staticmethod
+    def _wake(waiters: deque[Future[None]], count: int) -> None:
+        while count > 0 and waiters:
+            waiter = waiters.popleft()
+            if waiter.set_running_or_notify_cancel():
+                waiter.set_result(None)
+                count -= 1
+
+    def _wait_thread(self, waiter: Future[None], timeout: float) -> None:
+        try:
+            waiter.result(timeout)
+        except FutureTimeout:
+            with self._lock:  # an idle worker must not pile up waiters
+                for waiters in (self._getters, self._putters):
+                    if waiter in waiters:
+                        waiters.remove(waiter)

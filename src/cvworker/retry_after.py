@@ -1,0 +1,22 @@
+"""The ``Retry-After`` header: how long a host asks to be left alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+
+MOST_S = 3600.0
+"""More than this is not believed."""
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds from now, from a number or an HTTP date (RFC 9110, 10.2.3); None if there is none that makes sense."""
+    value = headers.get("Retry-After", "").strip()
+    if not value:
+        return None
+    try:
+        seconds = float(value) if value.isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return min(max(seconds, 0.0), MOST_S)

@@ -1,0 +1,196 @@
+"""The SQS calls the worker makes, and what their failures mean at start."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
+    NoCredentialsError,
+    NoRegionError,
+    ReadTimeoutError,
+)
+
+from cvworker.errors import StartupError
+
+if TYPE_CHECKING:
+    from types_boto3_sqs import SQSClient
+    from types_boto3_sqs.type_defs import MessageTypeDef
+
+MAX_BATCH = 10
+CONNECT_TIMEOUT_S = 5
+READ_MARGIN_S = 15
+LOST_CODES = frozenset({"ReceiptHandleIsInvalid", "MessageNotInflight", "InvalidParameterValue"})
+MAX_VISIBILITY_S = 43200
+SQS_ERRORS = (BotoCoreError, ClientError)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """One entry of a batch call that SQS refused."""
+
+    index: int
+    code: str
+    permanent: bool
+
+    @property
+    def lost(self) -> bool:
+        """Whether SQS no longer knows the receipt handle."""
+        return self.code.rpartition(".")[2] in LOST_CODES
+
+
+class Queue:
+    """One SQS queue, opened: its attributes, and clients of their own for receiving and settling.
+
+    Two clients, because long polls would otherwise occupy the connections that acks and extensions need.
+    """
+
+    def __init__(self, url: str, *, receive_threads: int = 3, wait_s: int = 10) -> None:
+        self.url = url
+        self.wait_s = wait_s
+        session = boto3.Session()
+        region = session.region_name or _region_of(url)
+        self._polling: SQSClient = session.client(
+            "sqs", region_name=region, config=_config(receive_threads, wait_s + READ_MARGIN_S)
+        )
+        self._settling: SQSClient = session.client("sqs", region_name=region, config=_config(4, READ_MARGIN_S))
+        self.visibility_timeout = 30
+        self.max_receives: int | None = None
+        self.dead_letter_arn: str | None = None
+
+    @classmethod
+    def open(cls, url: str, *, receive_threads: int = 3, wait_s: int = 10) -> Queue:
+        """Connect and read the queue's attributes.
+
+        Raises:
+            StartupError: one line that says what is wrong with the queue, the credentials or the endpoint.
+        """
+        if url.rstrip("/").endswith(".fifo"):
+            raise StartupError(f"queue_url: {url} is a FIFO queue, which cvworker does not consume; use a standard queue")
+        queue = explain(url, lambda: cls(url, receive_threads=receive_threads, wait_s=wait_s))
+        queue.read_attributes()
+        return queue
+
+    def read_attributes(self) -> dict[str, str]:
+        names = ["All"]
+        answer = explain(
+            self.url,
+            lambda: self._settling.get_queue_attributes(QueueUrl=self.url, AttributeNames=names),  # type: ignore[arg-type]
+        )
+        attributes: dict[str, str] = dict(answer.get("Attributes", {}))
+        self.visibility_timeout = int(attributes.get("VisibilityTimeout", 30))
+        policy = json.loads(attributes.get("RedrivePolicy") or "{}")
+        self.max_receives = int(policy["maxReceiveCount"]) if "maxReceiveCount" in policy else None
+        self.dead_letter_arn = policy.get("deadLetterTargetArn")
+        return attributes
+
+    def receive(self, at_most: int, visibility: int, wait_s: int | None = None) -> list[MessageTypeDef]:
+        """One long poll for up to ten messages."""
+        answer = self._polling.receive_message(
+            QueueUrl=self.url,
+            MaxNumberOfMessages=min(at_most, MAX_BATCH),
+            WaitTimeSeconds=self.wait_s if wait_s is None else wait_s,
+            VisibilityTimeout=visibility,
+            MessageSystemAttributeNames=["ApproximateReceiveCount", "SentTimestamp"],
+        )
+        return answer.get("Messages", [])
+
+    def delete(self, receipts: Sequence[str]) -> list[Failed]:
+        """Delete up to ten messages; what SQS refused comes back (HTTP 200 can carry failures)."""
+        answer = self._settling.delete_message_batch(
+            QueueUrl=self.url,
+            # The index is the Id: the same MessageId twice in a call would fail the whole of it.
+            Entries=[{"Id": str(i), "ReceiptHandle": receipt} for i, receipt in enumerate(receipts)],
+        )
+        return _failed(answer)
+
+    def change_visibility(self, receipts: Sequence[tuple[str, int]]) -> list[Failed]:
+        """Show up to ten messages again after so many seconds from now each."""
+        answer = self._settling.change_message_visibility_batch(
+            QueueUrl=self.url,
+            Entries=[
+                {"Id": str(i), "ReceiptHandle": receipt, "VisibilityTimeout": min(seconds, MAX_VISIBILITY_S)}
+                for i, (receipt, seconds) in enumerate(receipts)
+            ],
+        )
+        return _failed(answer)
+
+    def close(self) -> None:
+        self._polling.close()
+        self._settling.close()
+
+
+def explain(url: str, call: Callable[[], T]) -> T:
+    """Make a call and turn what can go wrong at start into one line that says how to mend it."""
+    try:
+        return call()
+    except NoRegionError:
+        raise StartupError("no AWS region: set AWS_REGION (or AWS_DEFAULT_REGION), or a region in ~/.aws/config") from None
+    except NoCredentialsError:
+        raise StartupError(
+            "no AWS credentials found: give the task or instance a role, or set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY"
+        ) from None
+    except (EndpointConnectionError, ConnectTimeoutError, ReadTimeoutError) as error:
+        raise StartupError(
+            f"queue_url: SQS cannot be reached ({error}); check the network, the region and AWS_ENDPOINT_URL_SQS"
+        ) from None
+    except ClientError as error:
+        code = error.response.get("Error", {}).get("Code", "")
+        raise StartupError(f"queue_url: {_meaning(code, url)} [{code}]") from None
+    except (BotoCoreError, ValueError) as error:
+        raise StartupError(f"queue_url: {url}: {str(error).splitlines()[0]}") from None
+
+
+def _meaning(code: str, url: str) -> str:
+    short = code.rpartition(".")[2]
+    if short in {"NonExistentQueue", "QueueDoesNotExist"}:
+        return f"{url} does not exist; check the URL, the account and the region"
+    if short in {"AccessDenied", "AccessDeniedException"}:
+        return f"access to {url} is denied; the role needs sqs:GetQueueAttributes, ReceiveMessage, DeleteMessage and \
+ChangeMessageVisibility"
+    if short in {
+        "InvalidClientTokenId",
+        "UnrecognizedClientException",
+        "ExpiredToken",
+        "SignatureDoesNotMatch",
+        "InvalidAccessKeyId",
+        "InvalidSecurity",
+        "AuthFailure",
+        "ExpiredTokenException",
+    }:
+        return "the AWS credentials are not valid (wrong, revoked or expired)"
+    return f"SQS refused the call for {url}"
+
+
+def _config(connections: int, read_timeout: int) -> Config:
+    # One attempt: the worker's own loops retry with back-off, and know what a lost receive may have hidden.
+    return Config(
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=read_timeout,
+        max_pool_connections=max(connections, 10),
+        retries={"total_max_attempts": 1},
+        tcp_keepalive=True,
+    )
+
+
+def _region_of(url: str) -> str | None:
+    """The region in an SQS URL (``sqs.REGION.amazonaws.com``), for those who set no other."""
+    host = url.split("://")[-1].split("/")[0].split(".")
+    return host[1] if len(host) > 3 and host[0] == "sqs" and host[2] == "amazonaws" else None
+
+
+def _failed(answer: Any) -> list[Failed]:
+    return [
+        Failed(int(entry["Id"]), entry.get("Code", ""), bool(entry.get("SenderFault")))
+        for entry in answer.get("Failed", [])
+    ]

@@ -1,0 +1,127 @@
+"""Answer → HTTP POST to the client's callback, tried again in place for a while."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import aiohttp
+
+from cvworker.errors import CvworkerError, UrlNotAllowed
+from cvworker.retry_after import retry_after
+
+if TYPE_CHECKING:
+    from cvworker.clock import Clock
+    from cvworker.net import GuardedSession
+    from cvworker.signing import Signer
+
+TRIES = 4
+RETRY_BASE_S = 0.5
+RETRY_IN_PLACE_S = 15.0
+"""A longer wish of the host is left to SQS: the result would only occupy memory."""
+MAX_RESPONSE_BYTES = 16 * 1024
+"""Read of a response, so that its connection can be used again; more is cut off with the connection."""
+DRAIN_S = 1.0
+
+
+class CallbackRefused(CvworkerError):
+    """The callback was not accepted: SQS tries again, not before ``retry_after`` seconds."""
+
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """An exchange that settles the message: 2xx, or 410."""
+
+    status: int
+
+
+class CallbackSender:
+    """Posts answers on one event loop."""
+
+    def __init__(
+        self,
+        session: GuardedSession,
+        *,
+        signer: Signer | None,
+        timeout: float,
+        clock: Clock,
+        concurrency: int,
+        user_agent: str,
+        called: Callable[[str, float], None] = lambda _code_class, _seconds: None,
+    ) -> None:
+        self._session = session
+        self._signer = signer
+        self._timeout = timeout
+        self._clock = clock
+        self._under_way = asyncio.Semaphore(concurrency)
+        self._headers = {"Content-Type": "application/json", "User-Agent": user_agent}
+        self._called = called
+
+    async def post(self, url: str, webhook_id: str, body: bytes) -> Sent:
+        """Post ``body`` until it is accepted, as often as is worth it in place.
+
+        Raises:
+            CallbackRefused: not accepted; UrlNotAllowed: this URL may not be called at all.
+        """
+        for tries_left in range(TRIES - 1, -1, -1):
+            pause = RETRY_BASE_S * 2.0 ** (TRIES - 1 - tries_left) * random.uniform(0.5, 1.5)  # noqa: S311 - jitter
+            try:
+                status, headers = await self._once(url, webhook_id, body)
+            except (aiohttp.ClientError, OSError) as error:
+                if isinstance(error, TimeoutError) or not tries_left:
+                    raise CallbackRefused(_what(error)) from None
+            else:
+                if 200 <= status < 300 or status == 410:
+                    return Sent(status)
+                wished = retry_after(headers) if status in (429, 503) else None
+                pause = max(pause, wished or 0.0)
+                passing = status == 429 or status >= 500
+                if not passing or not tries_left or pause > RETRY_IN_PLACE_S:
+                    raise CallbackRefused(f"HTTP {status}", wished or 0.0)
+            await asyncio.sleep(pause)
+        raise AssertionError("the last try returns or raises")
+
+    async def _once(self, url: str, webhook_id: str, body: bytes) -> tuple[int, Mapping[str, str]]:
+        headers = {"webhook-id": webhook_id, **self._headers}
+        async with self._under_way:
+            began = self._clock.monotonic()
+            if self._signer is not None:  # at each try: receivers refuse old timestamps
+                headers |= self._signer.headers(webhook_id, int(self._clock.wall()), body)
+            outcome = "error"
+            try:
+                async with self._session.post(url, data=body, headers=headers, timeout=self._timeout) as response:
+                    outcome = f"{response.status // 100}xx"
+                    await _drain(response)
+                    return response.status, response.headers
+            except UrlNotAllowed:
+                outcome = "refused"
+                raise
+            except TimeoutError:
+                outcome = "timeout"
+                raise
+            finally:
+                self._called(outcome, self._clock.monotonic() - began)
+
+
+async def _drain(response: aiohttp.ClientResponse) -> None:
+    """Read a short body, for the connection's sake: the answer was given with the status, whatever comes after it."""
+    try:
+        async with asyncio.timeout(DRAIN_S):
+            await response.content.read(MAX_RESPONSE_BYTES)
+    except (aiohttp.ClientError, OSError):
+        pass
+
+
+def _what(error: BaseException) -> str:
+    if isinstance(error, TimeoutError):
+        return "timed out"
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return f"the name {error.host} does not resolve"
+    return type(error).__name__

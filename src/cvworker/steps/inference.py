@@ -1,0 +1,241 @@
+"""Hands images to the model process and takes results back; brings the process back when it ends."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from cvworker.errors import JobError, ProcessFailed, StartupError, WorkerFailed, job_error
+from cvworker.model.link import ModelLink
+from cvworker.queues import QueueClosed
+
+if TYPE_CHECKING:
+    from cvworker.clock import Clock
+    from cvworker.job import Job
+    from cvworker.model.config import ModelConfig
+    from cvworker.queues import JobQueue
+
+MAX_RESTARTS = 3
+"""Processes lost one after the other without a single answer between them, before the worker gives up."""
+KILLS = 2
+"""Processes that an image may end: once in a batch or by bad luck, once more by itself, and it has failed."""
+LOOK_S = 0.5
+SILENCE_FACTOR = 1.5
+"""The model process itself ends a DataLoader process that is stuck for ``stall_timeout``; it gets time to say so."""
+
+log = structlog.get_logger(__name__)
+
+
+class Inference:
+    """Keeps the model process fed from ``inbox``, never with more images than its window.
+
+    ``done`` gets each job with its result, ``failed`` each with its error. When the process ends or hangs, the jobs it
+    held begin again in a new one; those whose batch was in ``process`` at that moment each run alone, and a job that
+    ends a process alone has failed.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        arena_fd: int,
+        inbox: JobQueue,
+        *,
+        clock: Clock,
+        alive: Callable[[Job], bool],
+        done: Callable[[Job], None],
+        failed: Callable[[Job, JobError], None],
+        dropped: Callable[[Job], None],
+        batch_done: Callable[[int, float], None] = lambda _size, _seconds: None,
+    ) -> None:
+        self._config = config
+        self._arena_fd = arena_fd
+        self._inbox = inbox
+        self._clock = clock
+        self._alive = alive
+        self._done = done
+        self._failed = failed
+        self._dropped = dropped
+        self._batch_done = batch_done
+        self._jobs: dict[int, Job] = {}
+        self._room = threading.Condition()
+        self._suspects: set[int] = set()
+        self._progress_at = clock.monotonic()
+        self._batch_since: float | None = None
+        self._restarts = 0
+        self._stopping = False
+        self.restarts = 0
+        self.failure: WorkerFailed | None = None
+        self.ready: dict[str, Any] = {}
+        self._link: ModelLink | None = None
+        self.threads = [
+            threading.Thread(target=self._feed, name="model-feed", daemon=True),
+            threading.Thread(target=self._read, name="model-read", daemon=True),
+        ]
+        self._watcher = threading.Thread(target=self._watch, name="model-watch", daemon=True)
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def workers(self) -> int:
+        return max(1, self._config.preprocess_workers)
+
+    @property
+    def pid(self) -> int | None:
+        return self._link.pid if self._link else None
+
+    def start(self) -> dict[str, Any]:
+        """Start the model process and wait until it is warm. Raises StartupError as it says."""
+        self._link = ModelLink(self._config, self._arena_fd)
+        self.ready = self._link.wait_ready()
+        for thread in (*self.threads, self._watcher):
+            thread.start()
+        return self.ready
+
+    def held(self) -> list[Job]:
+        with self._room:
+            return list(self._jobs.values())
+
+    def stop(self, timeout: float) -> None:
+        """Let the process finish what it holds, for at most ``timeout`` seconds. The inbox must be closed."""
+        self._stopping = True
+        link = self._link
+        if link is not None:
+            link.stop(timeout)
+        for thread in self.threads:
+            if thread.is_alive():
+                thread.join(1)
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self._stopping = True
+        if self._link is not None:
+            self._link.kill()
+
+    def _feed(self) -> None:
+        window = self._config.window
+        try:
+            while True:
+                with self._room:
+                    while len(self._jobs) >= window:
+                        self._room.wait()
+                    room = window - len(self._jobs)
+                self._submit(self._inbox.get(room))
+        except QueueClosed:
+            pass
+
+    def _submit(self, jobs: list[Job]) -> None:
+        wanted = []
+        for job in jobs:
+            if not self._alive(job):
+                self._dropped(job)
+            else:
+                wanted.append(job)
+        with self._room:
+            if not self._jobs:
+                self._progress_at = self._clock.monotonic()
+            self._jobs.update((job.number, job) for job in wanted)
+            link = self._link
+        if wanted and link is not None:
+            link.submit([_descriptor(job) for job in wanted])
+
+    def _read(self) -> None:
+        while True:
+            link = self._link
+            assert link is not None
+            for frame in link.frames():
+                self._progress_at = self._clock.monotonic()
+                self._take(frame)
+            link.close()
+            if self._stopping:
+                return
+            try:
+                self._bring_back(link)
+            except (WorkerFailed, StartupError) as error:
+                self.failure = WorkerFailed(str(error))
+                return
+
+    def _take(self, frame: dict[str, Any]) -> None:
+        if "started" in frame:
+            self._suspects = set(frame["started"])
+            self._batch_since = self._clock.monotonic()
+        elif "failed" in frame:
+            number, name, text = frame["failed"]
+            if (job := self._forget(number)) is not None:
+                self._failed(job, job_error(name, text))
+        elif "done" in frame:
+            self._suspects, self._batch_since = set(), None
+            self._restarts = 0
+            rows = frame["done"]
+            self._batch_done(len(rows), frame["busy"])
+            for number, preprocess_ms, process_ms, result, error in rows:
+                job = self._forget(number)
+                if job is None:
+                    continue
+                job.timings_ms["preprocess"] = preprocess_ms
+                job.timings_ms["process"] = process_ms
+                if error is not None:
+                    self._failed(job, job_error(*error))
+                else:
+                    job.result = result
+                    self._done(job)
+
+    def _forget(self, number: int) -> Job | None:
+        with self._room:
+            job = self._jobs.pop(number, None)
+            self._room.notify()
+        if job is not None:
+            job.drop_image()
+        return job
+
+    def _bring_back(self, link: ModelLink) -> None:
+        """Start a new process and give it what the old one held, the suspects apart."""
+        how = link.how_it_ended()
+        self._restarts += 1
+        self.restarts += 1
+        guilty, self._suspects, self._batch_since = self._suspects, set(), None
+        log.error("the model process ended", pid=link.pid, ended=how, held=len(self._jobs), in_process=len(guilty))
+        for job in self.held():
+            if job.number in guilty:
+                job.kills += 1
+                if len(guilty) == 1 and job.kills >= KILLS and self._forget(job.number) is not None:
+                    self._restarts = 0  # found: what ended it will not come again
+                    self._failed(job, ProcessFailed(f"its process ended while running on this image ({how})"))
+        if self._restarts > MAX_RESTARTS:
+            raise WorkerFailed(f"the model process ends again and again ({how}), no image at fault")
+        new = ModelLink(self._config, self._arena_fd)
+        try:
+            new.wait_ready()
+        except StartupError:
+            new.kill()
+            raise
+        with self._room:
+            self._link = new
+            self._progress_at = self._clock.monotonic()
+            again = list(self._jobs.values())
+        log.warning("the model process is back", pid=new.pid, images_begun_again=len(again))
+        new.submit([_descriptor(job) for job in again])
+
+    def _watch(self) -> None:
+        """End a model process that is stuck in ``process``, or holds images and says nothing at all."""
+        pause = threading.Event()
+        limit = self._config.stall_timeout
+        while not self._stopping and self.failure is None:
+            pause.wait(LOOK_S)
+            now, since, link = self._clock.monotonic(), self._batch_since, self._link
+            stuck = since is not None and now - since > limit
+            silent = bool(self._jobs) and now - self._progress_at > limit * SILENCE_FACTOR
+            if (stuck or silent) and link is not None and not self._stopping:
+                log.error("the model process hangs; it is ended", pid=link.pid, in_process=stuck)
+                self._progress_at, self._batch_since = now, None
+                link.kill(dump=True)
+
+
+def _descriptor(job: Job) -> tuple[int, int, int, bool]:
+    assert job.image is not None
+    return job.number, job.image.offset, job.image.length, job.alone
+
+
