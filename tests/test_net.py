@@ -160,6 +160,10 @@ def test_special_addresses_and_what_is_no_address_are_refused(address: str) -> N
         AddressGuard().check_address(address)
 
 
+def test_the_lists_do_not_lean_on_what_this_python_happens_to_know() -> None:
+    assert [address for address in REFUSED_V4 + REFUSED_V6 if net._refusal(address) == "special purpose"] == []
+
+
 @settings(deadline=None)
 @given(st.ip_addresses(v=4) | st.sampled_from(REFUSED_V4).map(ipaddress.IPv4Address))
 def test_an_ipv4_address_that_is_refused_is_refused_in_every_ipv6_embedding(v4: ipaddress.IPv4Address) -> None:
@@ -219,7 +223,7 @@ def test_a_url_comes_back_as_it_will_be_dialled() -> None:
 
 @pytest.mark.parametrize("target", ["/a%2Fb/%7e?x=%2F%3A%2c%2B+&sig=AbC%3d==", "/a//b/../c;d=1/(1)?x[]=~!*'", "/?/?"])
 def test_path_and_query_stay_to_the_letter_since_they_may_be_signed(target: str) -> None:
-    assert AddressGuard().check_url(f"http://example.com{target}").raw_path_qs == target
+    assert AddressGuard().check_url(f"http://example.com{target}#part").raw_path_qs == target
 
 
 @pytest.mark.parametrize(
@@ -241,6 +245,29 @@ def test_a_refusal_is_one_line_that_shows_neither_path_nor_query_nor_userinfo(ur
     assert reason
     assert "SECRET" not in reason
     assert "\n" not in reason
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("ftp://a.example/", "scheme"),
+        ("http://user@a.example/", "userinfo"),
+        ("http://a.example:22/", "port 22"),
+        ("http://a..example/", "host"),
+        ("http://a.localhost/", "localhost"),
+        ("http://10.0.0.1/", "private network"),
+        ("http://[::ffff:10.0.0.1]/", "private network"),
+        ("http://[::1]/", "not global unicast"),
+        ("http://a.example/\x00", "characters"),
+    ],
+)
+def test_a_refusal_says_why(url: str, reason: str) -> None:
+    assert reason in refused(url)
+
+
+def test_a_number_that_is_no_usual_ipv4_address_is_refused_even_where_addresses_are_not_checked() -> None:
+    for host in ("127.1", "2130706433", "0x7f.1", "0177.0.0.1", "1.2.3.4.5"):
+        refused(f"http://{host}/", AddressGuard(allow_private_networks=True))
 
 
 def test_ports_are_80_443_and_above_1024() -> None:
@@ -366,6 +393,30 @@ def test_a_redirect_to_a_hostile_url_is_refused_and_not_dialled() -> None:
         return accepted
 
     assert run(scenario()) == {}
+
+
+def test_a_refused_redirect_is_named_as_one_and_its_url_is_not_shown() -> None:
+    async def scenario() -> None:
+        async with serving() as images, GuardedSession(AddressGuard(allowed_hosts=["127.0.0.1"])) as http:
+            images.pages |= {"/1": redirect("http://a.example:22/SECRET?SECRET"), "/2": redirect("http://[SECRET/")}
+            with pytest.raises(UrlNotAllowed, match=r"^redirect refused: port 22 is not allowed[^/?]*$"):
+                await fetch(http, images.url("/1"))
+            with pytest.raises(UrlNotAllowed, match=r"^redirect refused: the URL is malformed$"):
+                await fetch(http, images.url("/2"))
+
+    run(scenario())
+
+
+def test_everyone_who_waits_for_one_look_up_is_refused_with_it() -> None:
+    async def scenario() -> None:
+        zone = Zone(["10.0.0.1"])
+        async with GuardedSession(AddressGuard(), lookup=zone) as http:
+            waiting = (fetch(http, f"http://db.example/{n}") for n in range(5))
+            outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [UrlNotAllowed] * 5
+        assert (zone.asked, dialled()) == (1, [])
+
+    run(scenario(), divert=True)
 
 
 def test_the_canary_would_sing_if_the_check_were_off() -> None:

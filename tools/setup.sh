@@ -148,7 +148,7 @@ remove_venv() { rm -rf "$venv" || die "could not remove $venv"; }
 create_venv() {
     if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
         package=python$(version_of "$python")-venv
-        [ "$(command -v python3)" != /usr/bin/python3 ] || [ -n "${PYTHON:-}" ] || package=python3-venv
+        case $python in /usr/bin/python3*) [ "$(version_of /usr/bin/python3)" != "$(version_of "$python")" ] || package=python3-venv ;; esac
         command -v apt-get >/dev/null || die "$python cannot make virtual environments (no venv or ensurepip): install its venv package"
         die "$python cannot make virtual environments: sudo apt-get install $package"
     fi
@@ -186,15 +186,14 @@ pip_install() {
 }
 
 stop_pip() {
-    kill "$pip" 2>/dev/null
-    wait "$pip"
-    rm -rf "$venv/tmp"
+    kill "$pip"
+    wait "$pip" 2>/dev/null
     die "interrupted: the next set-up starts afresh"
 }
 
 show_progress() { # a line that is written over at a terminal, one every half minute elsewhere
     interval=30 form='setup: %s GB written%s, %s\n'
-    [ ! -t 1 ] || interval=1 form='\rsetup: %s GB written%s, %s   '
+    [ ! -t 1 ] || interval=3 form='\rsetup: %s GB written%s, %s   '
     shown=$started
     while kill -0 "$pip" 2>/dev/null; do
         sleep 1

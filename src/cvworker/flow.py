@@ -104,6 +104,7 @@ class Flow:
         except UrlNotAllowed as refused:
             self.settle(job, self._custody.unanswerable(job), problem=f"callback_url: {refused}")
         else:
+            self._metrics.answered(job.timings_ms)
             self.settle(job, ANSWERED, callback_status=status)
 
     def release(self, job: Job) -> None:

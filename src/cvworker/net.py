@@ -154,11 +154,8 @@ class AddressGuard:
             host, port = _host_and_port(authority)
         except ValueError:
             raise UrlNotAllowed("the URL's host or port is not a valid one") from None
-        try:
-            if not _AS_SENT.fullmatch(target):
-                target = yarl.URL(f"http://h{target}").raw_path_qs
-        except ValueError:
-            raise UrlNotAllowed("the URL's path or query is not Unicode text") from None
+        if not _AS_SENT.fullmatch(target):
+            target = yarl.URL(f"http://h{target}").raw_path_qs
         place = host if port in (None, _DEFAULT_PORTS[scheme]) else f"{host}:{port}"
         checked = yarl.URL(f"{scheme}://{place}{target}", encoded=True)
         if not self.is_unchecked(checked):

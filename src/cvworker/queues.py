@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -12,7 +14,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from cvworker.job import Job
 
 _RECHECK_S = 1.0
-"""A waiting thread looks again this often, so that a wake-up given to a cancelled waiter delays, never hangs."""
+"""A waiting thread looks again this often, so that a wake-up that went astray delays, never hangs."""
 
 
 class QueueClosed(Exception):
@@ -98,7 +100,7 @@ class JobQueue:
     async def aput(self, job: Job) -> None:
         """Add a job, waiting for room."""
         while (waiter := self._try_put(job)) is not None:
-            await asyncio.wrap_future(waiter)
+            await self._wait_task(waiter)
 
     def get(self, at_most: int = 1, *, timeout: float | None = None) -> list[Job]:
         """Take up to ``at_most`` jobs, waiting for the first; empty after ``timeout`` seconds.
@@ -106,20 +108,19 @@ class JobQueue:
         Raises:
             QueueClosed: closed and empty.
         """
-        taken = self._try_get(at_most)
-        while isinstance(taken, Future):
-            if timeout is not None:
-                self._wait_thread(taken, timeout)
-                again = self._try_get(at_most)
-                return [] if isinstance(again, Future) else again
-            self._wait_thread(taken, _RECHECK_S)
-            taken = self._try_get(at_most)
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        while isinstance(taken := self._try_get(at_most), Future):
+            left = until - time.monotonic()
+            if left <= 0:
+                self._give_up(taken)
+                return []
+            self._wait_thread(taken, min(left, _RECHECK_S))
         return taken
 
     async def aget(self) -> Job:
         """Take one job, waiting for it. Raises QueueClosed as :meth:`get` does."""
         while isinstance(taken := self._try_get(1), Future):
-            await asyncio.wrap_future(taken)
+            await self._wait_task(taken)
         return taken[0]
 
     def _try_put(self, job: Job) -> Future[None] | None:
@@ -165,7 +166,21 @@ class JobQueue:
         try:
             waiter.result(timeout)
         except FutureTimeout:
-            with self._lock:  # an idle worker must not pile up waiters
-                for waiters in (self._getters, self._putters):
-                    if waiter in waiters:
-                        waiters.remove(waiter)
+            self._give_up(waiter)
+
+    async def _wait_task(self, waiter: Future[None]) -> None:
+        try:
+            await asyncio.wrap_future(waiter)
+        except asyncio.CancelledError:
+            self._give_up(waiter)
+            raise
+
+    def _give_up(self, waiter: Future[None]) -> None:
+        """Wait no more: an idle worker must not pile up waiters, and a wake-up just given is for somebody else."""
+        with self._lock:
+            for waiters in (self._getters, self._putters):
+                if waiter in waiters:
+                    waiters.remove(waiter)
+                    return
+            self._wake(self._getters, min(1, len(self._jobs)))
+            self._wake(self._putters, 1)

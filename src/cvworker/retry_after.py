@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 
 MOST_S = 3600.0
@@ -16,7 +17,14 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     if not value:
         return None
     try:
-        seconds = float(value) if value.isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
+        seconds = float(value) if value.isdigit() else _moment(value) - time.time()
     except (ValueError, TypeError, OverflowError):
         return None
     return min(max(seconds, 0.0), MOST_S)
+
+
+def _moment(date: str) -> float:
+    moment = parsedate_to_datetime(date)
+    if moment.tzinfo is None:  # asctime's form names no zone; HTTP's is always GMT
+        moment = moment.replace(tzinfo=UTC)
+    return moment.timestamp()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-from collections.abc import Awaitable, Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -19,8 +18,6 @@ from cvworker.flow import Flow
 from cvworker.loading import check_spec
 from cvworker.model.config import ModelConfig
 from cvworker.net import AddressGuard, GuardedSession
-from cvworker.observe.health import Health, status
-from cvworker.observe.http import Endpoints
 from cvworker.observe.metrics import Metrics
 from cvworker.queues import JobQueue
 from cvworker.settings import Settings, how_to_set
@@ -39,6 +36,8 @@ from cvworker.steps.pool import JobPool
 from cvworker.tuning import Tuner
 
 if TYPE_CHECKING:
+    from threading import Thread
+
     from types_boto3_sqs.type_defs import MessageTypeDef
 
     from cvworker.job import Job
@@ -46,83 +45,37 @@ if TYPE_CHECKING:
 
 LONG_POLL_S = 10
 """Shorter than SQS's 20 s, because a stop waits for the poll under way: a cut-off one may hide messages."""
+DOWNLOAD_CONNECTIONS = 256
+IN_HAND_PER_CALLBACK = 4
+"""Answers in hand for each callback under way: those that wait to be tried again occupy no connection."""
 
 log = structlog.get_logger(__name__)
 
 
 class Worker:
-    """One complete pipeline. ``run`` is the whole of its life; it returns the exit code."""
+    """receive → download → preprocess → process → callback → ack, with every message held by a heartbeat.
 
-    def __init__(self, settings: Settings, clock: Clock | None = None) -> None:
-        self.settings = settings
-        self.clock = clock or Clock()
-        self.version = __version__
-        self.state = "starting"
-        self.metrics = Metrics()
-        self.health = Health()
-        self.answering: JobPool | None = None
-        self._downloads: list[tuple[asyncio.AbstractEventLoop, JobPool]] = []
-        self._born = self.clock.monotonic()
-        self._stop_asked = asyncio.Event()
-        self._failure: WorkerFailed | None = None
-        self._done = 0
-        self._busy_until = self._born
+    Making one composes the steps, opens the queue and finds what is wrong with the settings; nothing runs yet.
 
-    async def run(self) -> int:
-        """Start, work until told to stop or nothing is left to do, stop.
+    Raises:
+        StartupError: settings or surroundings will not do.
+    """
 
-        Raises:
-            StartupError: settings or surroundings will not do.
-        """
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._signalled, signal.Signals(number).name)
-        await asyncio.to_thread(self._build)
-        endpoints = Endpoints(
-            problems=self.health.problems, missing=self.health.missing, status=self.status, metrics=self.metrics_text
-        )
-        await endpoints.start(self.settings.http_host, self.settings.http_port)
-        self.port = endpoints.port
-        log.info("starting", version=__version__, module=self.settings.module, url=f"http://{self.settings.http_host}:{endpoints.port}/")
-        try:
-            if await self._unless_stopped(asyncio.to_thread(self.inference.start)):
-                async with GuardedSession(self.guard, limit=self.settings.callback_concurrency) as session:
-                    await self._work(session)
-        finally:
-            self.inference.kill()
-            await endpoints.stop()
-        if self._failure is not None:
-            log.critical("failed", error=str(self._failure))
-        return 1 if self._failure else 0
-
-    def _build(self) -> None:
-        """Compose the steps. Nothing runs yet; what is wrong with the settings or the queue is found here."""
-        s, clock, metrics = self.settings, self.clock, self.metrics
-        if s.module is None:
-            raise StartupError(f"module is not set: give {how_to_set('module')}")
-        if s.queue_url is None:
-            raise StartupError(f"queue_url is not set: give {how_to_set('queue_url')}")
-        if s.processes > 1:
-            raise StartupError("processes: more than 1 is not available in this version; run more containers instead")
-        check_spec(s.module)
+    def __init__(self, settings: Settings, metrics: Metrics, clock: Clock) -> None:
+        s = self.settings = settings
+        self.metrics = metrics
+        self.clock = clock
+        require(s, "module", "queue_url")
         self.guard = AddressGuard(allowed_hosts=s.allowed_hosts, allow_private_networks=s.allow_private_networks)
-        if s.callback_url is not None:
-            _check_callback_url(s.callback_url, self.guard)
-        signer = _signer(s.secrets)
+        self._signer = signer_of(s, self.guard)
+        self.queue = Queue.open(s.queue_url or "", receive_threads=s.receive_threads, wait_s=long_poll(s))
+        visibility = _visibility(s, self.queue)
         local_weights = weights.local(s.weights, self.guard)
-
-        wait_s = max(1, int(min(LONG_POLL_S, s.shutdown_grace * 0.4, s.exit_when_idle or LONG_POLL_S)))
-        self.queue = Queue.open(s.queue_url, receive_threads=s.receive_threads, wait_s=wait_s)
-        visibility = s.visibility_timeout or self.queue.visibility_timeout or 30
-        if s.visibility_timeout is None and s.max_lease < visibility:
-            raise StartupError(f"max_lease ({s.max_lease:g} s) is shorter than the queue's visibility timeout ({visibility} s)")
-        if self.queue.max_receives is None:
-            log.warning("the queue has no redrive policy: give it a dead-letter queue", max_attempts=s.max_attempts)
 
         self.arena = Arena(int(s.max_inflight_bytes))
         self.leases = LeaseTable(visibility, s.max_lease, clock.monotonic)
         self.queues = [JobQueue(name, 1, clock.monotonic) for name in ("download", "inference", "results")]
-        download_queue, inference_queue, results_queue = self.queues
+        self.download_queue, self.inference_queue, self.results_queue = self.queues
         self.tuner = Tuner(
             self.queues,
             max_queue_size=s.max_queue_size,
@@ -130,6 +83,7 @@ class Worker:
             visibility=visibility,
             batch_size=s.batch_size,
         )
+        self.heartbeat = Heartbeat(self.queue, self.leases, clock, metrics.lease_event)
         self.acks = Acks(self.queue, clock, self._ended)
         self.custody = Custody(
             self.leases,
@@ -145,129 +99,131 @@ class Worker:
         )
         self.flow = Flow(
             self.custody,
-            inference_queue=inference_queue,
-            results_queue=results_queue,
+            inference_queue=self.inference_queue,
+            results_queue=self.results_queue,
             metrics=metrics,
             clock=clock,
             default_callback=s.callback_url,
         )
-        self.heartbeat = Heartbeat(self.queue, self.leases, clock, self._lease_event)
         self.receiver = Receiver(
             self.queue,
-            download_queue,
+            self.download_queue,
             self._admit,
             threads=s.receive_threads,
             visibility=visibility,
             clock=clock,
-            called=self._received,
+            called=metrics.received,
         )
         threads = min(4, os.cpu_count() or 1) if s.download_threads == "auto" else s.download_threads
-        self.downloaders = DownloadThreads(threads, self._download_loop, self._broke)
+        self.downloaders = DownloadThreads(threads, self._download_loop, self._download_thread_ended)
         self.inference = Inference(
-            _model_config(s, local_weights, self.arena.size),
+            model_config(s, local_weights, self.arena.size),
             self.arena.fd,
-            inference_queue,
+            self.inference_queue,
             clock=clock,
             alive=self.custody.alive,
             done=self.flow.inferred,
             failed=self.flow.failed,
             dropped=self.flow.dropped,
-            batch_done=self._batch_done,
+            batch_done=metrics.batch_done,
         )
-        self._signer = signer
-        self.health.ready_if(lambda: None if self.inference.ready else "the model is not warm yet")
-        self.health.ready_if(lambda: None if self.receiver.reachable else f"sqs: {self.receiver.last_error}")
-        self.health.alive_if(lambda: str(self._failure) if self._failure else None)
-        self.health.alive_if(self._stalled)
+        self.answering = JobPool(
+            self.results_queue,
+            self.flow.answer,
+            limit=lambda: IN_HAND_PER_CALLBACK * s.callback_concurrency,
+            surprised=self.flow.surprised,
+        )
+        self.downloading: list[tuple[asyncio.AbstractEventLoop, JobPool]] = []
+        self.done = 0
+        self.busy_until = clock.monotonic()
+        """When this worker last had something to do, or will have: its delayed messages count."""
+        self.stopping = False
+        self.failure: WorkerFailed | None = None
 
-    async def _work(self, session: GuardedSession) -> None:
-        """Everything runs from here to the stop."""
-        s = self.settings
-        ready = self.inference.ready
+    def warm_up(self) -> None:
+        """Start the model process and wait until it can work. Raises StartupError as the module does."""
+        ready = self.inference.start()
         if ready.get("warning"):
             log.warning("warm-up failed; the module may dislike its example", reason=ready["warning"])
         self.flow.info = WorkerInfo(__version__, ready["name"], ready["weights"])
+
+    async def start(self, session: GuardedSession) -> asyncio.Task[None]:
+        """Start the steps, the last of the flow first; the task returned is the callbacks'."""
         self.flow.sender = CallbackSender(
             session,
             signer=self._signer,
-            timeout=s.callback_timeout,
+            timeout=self.settings.callback_timeout,
             clock=self.clock,
-            concurrency=s.callback_concurrency,
+            concurrency=self.settings.callback_concurrency,
             user_agent=f"cvworker/{__version__}",
-            called=self._called_back,
+            called=self.metrics.called_back,
         )
-        self.answering = JobPool(
-            self.queues[2], self.flow.answer, limit=lambda: 4 * s.callback_concurrency, surprised=self.flow.surprised
-        )
-        answering = asyncio.create_task(self.answering.run())
         self.heartbeat.start()
         self.acks.start()
+        answering = asyncio.create_task(self.answering.run())
         self.downloaders.start()
         self.receiver.start()
-        self.health.watch(
-            [self.heartbeat.thread, self.acks.thread, *self.downloaders.threads, *self.receiver.threads, *self.inference.threads]
-        )
-        self.state = "running"
-        log.info("ready", module=ready["name"], device=ready["device_name"], precision=ready["precision"], queue=self.queue.url)
-        await self._until_stop()
-        await self._stop(answering)
+        return answering
 
-    async def _until_stop(self) -> None:
-        looked_at, done = self.clock.monotonic(), 0
-        while not self._stop_asked.is_set():
-            try:
-                async with asyncio.timeout(1.0):
-                    await self._stop_asked.wait()
-            except TimeoutError:
-                pass
-            now = self.clock.monotonic()
-            self.tuner.look(done=self._done - done, seconds=now - looked_at, downloading=self.downloading())
-            looked_at, done = now, self._done
-            self.metrics.busy.look(self._capacity())
-            self._failure = self._failure or self.inference.failure
-            if dead := self.health.dead_threads():
-                self._failure = self._failure or WorkerFailed("; ".join(dead))
-            if self._failure or self._idle(now):
-                return
-
-    async def _stop(self, answering: asyncio.Task[None]) -> None:
+    async def stop(self, answering: asyncio.Task[None]) -> None:
         """Stop in the order of the flow, each step with its share of the grace; what is not begun goes back at once.
 
         Heartbeats go on to the end: until a message is settled it is held, and what is held must not expire.
         """
-        self.state, self.health.stopping = "stopping", True
-        grace = self.settings.shutdown_grace
-        began = self.clock.monotonic()
+        grace, began = self.settings.shutdown_grace, self.clock.monotonic()
         log.info("stopping", held=len(self.leases), grace_s=grace)
 
         def left(share: float) -> float:
             return max(0.0, began + grace * share - self.clock.monotonic())
 
-        download_queue, inference_queue, results_queue = self.queues
+        self.stopping = True
         self.receiver.stop()  # polls under way return what they find, and _admit gives it back
-        self._release(download_queue.drain())
-        download_queue.close()
+        self._release(self.download_queue.drain())
+        self.download_queue.close()
         if not await asyncio.to_thread(self.downloaders.join, left(0.4)):
             self._give_up_downloads()
-        inference_queue.close()
-        if self._failure:
-            self._release(inference_queue.drain())
+        self.inference_queue.close()
+        if self.failure:
             self.inference.kill()
-        await asyncio.to_thread(self.inference.stop, left(0.65))
-        self._release([*inference_queue.drain(), *self.inference.held()])
-        results_queue.close()
-        await asyncio.wait([answering], timeout=left(0.8))
-        if self.answering is not None and self.answering.jobs:
+        await asyncio.to_thread(self.inference.stop, left(0.6))
+        self._release([*self.inference_queue.drain(), *self.inference.held()])
+        self.results_queue.close()
+        await asyncio.wait([answering], timeout=left(0.7))
+        if not answering.done():
             self._release(self.answering.jobs)
             self.answering.cancel()
-        self._release(results_queue.drain())
-        if not await asyncio.to_thread(self.receiver.join, left(0.85)):
-            log.warning("a receive call did not return in time; what it was given is hidden until its visibility timeout ends")
-        self._release(download_queue.drain())
-        await asyncio.to_thread(self.acks.stop, self.clock.monotonic() + left(0.93))
+        self._release(self.results_queue.drain())
+        if not await asyncio.to_thread(self.receiver.join, left(0.75)):
+            log.warning("a receive call did not return; what it was given stays hidden for its visibility timeout")
+        self._release(self.download_queue.drain())
+        await asyncio.to_thread(self.acks.stop, self.clock.monotonic() + left(0.85))
         self.heartbeat.stop()
-        self.state = "stopped"
         log.info("stopped", held=len(self.leases), took_s=round(self.clock.monotonic() - began, 1))
+
+    def threads(self) -> list[Thread]:
+        """Those that must live as long as the worker does."""
+        return [
+            self.heartbeat.thread,
+            self.acks.thread,
+            *self.downloaders.threads,
+            *self.receiver.threads,
+            *self.inference.threads,
+        ]
+
+    def stalled(self) -> str | None:
+        """A step that has made no progress for ``stall_timeout`` beyond its own time limit."""
+        s = self.settings
+        for name, pools, own_limit in (
+            ("download", [pool for _, pool in self.downloading], s.download_timeout),
+            ("callback", [self.answering], s.callback_timeout * TRIES),
+        ):
+            oldest = max((pool.oldest() for pool in pools), default=0.0)
+            if oldest > own_limit + s.stall_timeout and not self.stopping:
+                return f"{name} has made no progress for {oldest:.0f} s"
+        return None
+
+    def downloads_under_way(self) -> int:
+        return sum(len(pool) for _, pool in self.downloading)
 
     async def _download_loop(self) -> None:
         """One download thread's life."""
@@ -277,139 +233,57 @@ class Worker:
             self.arena,
             max_bytes=int(s.max_image_bytes),
             timeout=s.download_timeout,
-            connections=256,
+            connections=DOWNLOAD_CONNECTIONS,
             user_agent=f"cvworker/{__version__}",
         ) as fetcher:
             pool = JobPool(
-                self.queues[0],
+                self.download_queue,
                 lambda job: self.flow.download(job, fetcher),
                 limit=lambda: -(-self.tuner.downloads // len(self.downloaders.threads)),
                 surprised=self.flow.surprised,
             )
-            self._downloads.append((asyncio.get_running_loop(), pool))
+            self.downloading.append((asyncio.get_running_loop(), pool))
             await pool.run()
 
     def _admit(self, message: MessageTypeDef) -> list[Job]:
-        self.metrics.queue_wait.observe(_waited(message, self.clock.wall()))
+        """A message just received: its jobs to begin, or none while stopping, when it goes back at once."""
         jobs = self.custody.admit(message)
-        if self.health.stopping:
+        self.metrics.admitted(message, self.clock.wall())
+        if self.stopping:
             self._release(jobs)
             return []
         return jobs
+
+    def _ended(self, lease: Lease, outcome: Outcome) -> None:
+        """SQS knows how a message ended, or never will: it is held no more."""
+        if not self.leases.remove(lease):
+            return
+        self.done += 1
+        self.busy_until = max(self.busy_until, self.clock.monotonic() + (outcome.delay or 0.0))
+        self.metrics.messages.labels(outcome.end.value).inc()
+        if outcome.end is End.ANSWERED:
+            self.metrics.end_to_end.observe(max(0.0, self.clock.wall() - lease.sent_at))
 
     def _release(self, jobs: Iterable[Job]) -> None:
         for job in list(jobs):
             self.flow.release(job)
 
     def _give_up_downloads(self) -> None:
-        for loop, pool in self._downloads:
+        for loop, pool in self.downloading:
             self._release(pool.jobs)
             try:
                 loop.call_soon_threadsafe(pool.cancel)
             except RuntimeError:  # it ended at this moment
                 pass
 
-    def _ended(self, lease: Lease, outcome: Outcome) -> None:
-        """SQS knows how a message ended, or never will: it is held no more."""
-        if not self.leases.remove(lease):
-            return
-        self._done += 1
-        self.metrics.messages.labels(outcome.end.value).inc()
-        now = self.clock.monotonic()
-        self._busy_until = max(self._busy_until, now + (outcome.delay or 0.0))
-        if outcome.end is End.ANSWERED:
-            self.metrics.end_to_end.observe(max(0.0, self.clock.wall() - lease.sent_at))
-
-    def _idle(self, now: float) -> bool:
-        wanted = self.settings.exit_when_idle
-        if wanted is None or len(self.leases) or not self.receiver.reachable:
-            return False
-        if now - max(self._busy_until, self.receiver.last_message_at) < wanted:
-            return False
-        log.info("idle; ending as asked", exit_when_idle=wanted)
-        return True
-
-    def _stalled(self) -> str | None:
-        limit = self.settings.stall_timeout
-        for name, pools, least in (
-            ("download", [pool for _, pool in self._downloads], self.settings.download_timeout),
-            ("callback", [self.answering] if self.answering else [], self.settings.callback_timeout * TRIES),
-        ):
-            oldest = max((pool.oldest() for pool in pools), default=0.0)
-            if oldest > least + limit and not self.health.stopping:
-                return f"{name} has made no progress for {oldest:.0f} s"
-        return None
-
-    def _signalled(self, name: str) -> None:
-        if self._stop_asked.is_set():
-            log.warning("second signal; ending at once", signal=name)
-            self.inference.kill()
-            os._exit(1)
-        log.info("signal received; stopping (once more to end at once)", signal=name)
-        self._stop_asked.set()
-
-    async def _unless_stopped(self, starting: Awaitable[object]) -> bool:
-        """Wait for ``starting``, or for the signal to stop; True if it is done."""
-        task = asyncio.ensure_future(starting)
-        stop = asyncio.ensure_future(self._stop_asked.wait())
-        await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
-        stop.cancel()
-        if task.done():
-            await task
-            return True
-        self.inference.kill()
-        await asyncio.wait([task])
-        task.exception()
-        return False
-
-    def _broke(self, error: BaseException) -> None:
-        self._failure = self._failure or WorkerFailed(f"a download thread ended: {type(error).__name__}: {error}")
-
-    def _lease_event(self, what: str, count: int) -> None:
-        (self.metrics.extensions if what == "extended" else self.metrics.leases_lost).inc(count)
-
-    def _received(self, outcome: str, seconds: float) -> None:
-        self.metrics.sqs_requests.labels("receive", outcome).inc()
-        self.metrics.timed("receive", seconds)
-
-    def _called_back(self, code_class: str, seconds: float) -> None:
-        self.metrics.callbacks.labels(code_class).inc()
-        self.metrics.timed("callback", seconds)
-
-    def _batch_done(self, size: int, seconds: float) -> None:
-        self.metrics.batch_size.observe(size)
-        self.metrics.timed("process", seconds)
-
-    def _capacity(self) -> dict[str, Callable[[], float]]:
-        s = self.settings
-        return {
-            "receive": lambda: s.receive_threads,
-            "download": lambda: self.tuner.downloads,
-            "preprocess": lambda: self.inference.workers,
-            "process": lambda: 1,
-            "callback": lambda: s.callback_concurrency,
-        }
-
-    def downloading(self) -> int:
-        return sum(len(pool) for _, pool in self._downloads)
-
-    def uptime(self) -> float:
-        return self.clock.monotonic() - self._born
-
-    def status(self) -> dict[str, Any]:
-        return status(self)
-
-    def metrics_text(self) -> bytes:
-        self.metrics.inflight.set(len(self.leases))
-        for queue in self.queues:
-            self.metrics.queue_depth.labels(queue.name).set(len(queue))
-            self.metrics.queue_limit.labels(queue.name).set(queue.limit)
-        for stage, ratio in self.metrics.busy.ratios.items():
-            self.metrics.stage_busy.labels(stage).set(ratio)
-        return self.metrics.text()
+    def _download_thread_ended(self, error: BaseException) -> None:
+        self.failure = self.failure or WorkerFailed(f"a download thread ended: {type(error).__name__}: {error}")
 
 
-def _model_config(s: Settings, local_weights: str | None, arena_size: int) -> ModelConfig:
+def model_config(
+    s: Settings, local_weights: str | None, arena_size: int, *, with_example: bool = False
+) -> ModelConfig:
+    """What the model process is told of the settings."""
     workers = s.preprocess_workers
     return ModelConfig(
         module=s.module or "",
@@ -424,23 +298,44 @@ def _model_config(s: Settings, local_weights: str | None, arena_size: int) -> Mo
         arena_size=arena_size,
         log_format=s.log_format,
         log_level=s.log_level,
+        with_example=with_example,
     )
 
 
-def _check_callback_url(url: str, guard: AddressGuard) -> None:
-    try:
-        guard.check_url(url)
-    except UrlNotAllowed as refused:
-        raise StartupError(f"callback_url: {refused}; allow its host with {how_to_set('allowed_hosts')}") from None
+def require(s: Settings, *names: str) -> None:
+    """Raises StartupError for a setting that is missing, or says what this version cannot do."""
+    for name in names:
+        if getattr(s, name) is None:
+            raise StartupError(f"{name} is not set: give {how_to_set(name)}")
+    if s.processes > 1:
+        raise StartupError("processes: more than 1 is not available in this version; run more containers instead")
+    check_spec(s.module or "")
 
 
-def _signer(secrets: list[str]) -> Signer | None:
+def signer_of(s: Settings, guard: AddressGuard) -> Signer | None:
+    """What signs the callbacks; raises StartupError for a secret or a callback URL that will not do."""
+    if s.callback_url is not None:
+        try:
+            guard.check_url(s.callback_url)
+        except UrlNotAllowed as refused:
+            raise StartupError(f"callback_url: {refused}; allow its host with {how_to_set('allowed_hosts')}") from None
     try:
-        return Signer(secrets) if secrets else None
+        return Signer(s.secrets) if s.secrets else None
     except ValueError as error:
         raise StartupError(f"callback_secret: {error}") from None
 
 
-def _waited(message: MessageTypeDef, now: float) -> float:
-    sent = float(message.get("Attributes", {}).get("SentTimestamp", now * 1000)) / 1000
-    return max(0.0, now - sent)
+def long_poll(s: Settings) -> int:
+    """Seconds that one receive call may wait: a stop, or an idle end, waits for the call under way."""
+    return max(1, int(min(LONG_POLL_S, s.shutdown_grace * 0.4, s.exit_when_idle or LONG_POLL_S)))
+
+
+def _visibility(s: Settings, queue: Queue) -> int:
+    visibility = s.visibility_timeout or queue.visibility_timeout or 30
+    if s.max_lease < visibility:
+        raise StartupError(
+            f"max_lease ({s.max_lease:g} s) is shorter than the queue's visibility timeout ({visibility} s)"
+        )
+    if queue.max_receives is None:
+        log.warning("the queue has no redrive policy: give it a dead-letter queue", max_attempts=s.max_attempts)
+    return visibility

@@ -19,9 +19,9 @@ class Run(Settings):
         import structlog
 
         from cvworker.observe.logs import configure
-        from cvworker.worker import Worker
+        from cvworker.service import Service
 
         configure(self.log_format, self.log_level)
         for line in unknown_variables(set(type(self).model_fields)):
             structlog.get_logger(__name__).warning(line)
-        return asyncio.run(Worker(self).run())
+        return asyncio.run(Service(self).run())

@@ -36,6 +36,8 @@ START_TIMEOUT = 60.0
 """Seconds for the process to answer; it takes about one, and more where many others start at once."""
 STOP_TIMEOUT = 5.0
 """Seconds between asking the process to end and killing it."""
+CONNECTIONS = 32
+"""That the client keeps open for the threads that share it."""
 RECHECK = 0.2
 """Seconds between looks during a long poll: a message that becomes visible again by the clock wakes nobody."""
 
@@ -51,6 +53,7 @@ class EmbeddedSqs:
         self._start_timeout = start_timeout
         self._process: subprocess.Popen[str] | None = None
         self._files: tempfile.TemporaryDirectory[str] | None = None
+        self._client: SQSClient | None = None
         self.endpoint = ""
 
     @property
@@ -130,7 +133,12 @@ class EmbeddedSqs:
         }
 
     def client(self) -> SQSClient:
-        """A boto3 client of this queue, whatever profile, region or proxy the environment names."""
+        """A boto3 client of this queue, whatever profile, region or proxy the environment names; always the same one.
+
+        Threads may share it, and making one takes longer than most of what it is used for.
+        """
+        if self._client is not None:
+            return self._client
         import boto3
         import botocore.session
         from botocore.config import Config
@@ -141,8 +149,9 @@ class EmbeddedSqs:
         )
         session.set_credentials(CREDENTIAL, CREDENTIAL)
         own = boto3.Session(botocore_session=session, region_name=REGION)
-        client: SQSClient = own.client("sqs", endpoint_url=self.endpoint, config=Config(proxies={}))
-        return client
+        config = Config(proxies={}, max_pool_connections=CONNECTIONS)
+        self._client = own.client("sqs", endpoint_url=self.endpoint, config=config)
+        return self._client
 
     def create_queue(self, name: str, *, visibility_timeout: int = 30, max_receives: int | None = 5) -> str:
         """Create a queue and return its URL; with ``max_receives`` also ``{name}-dead``, where its messages end."""
@@ -156,6 +165,9 @@ class EmbeddedSqs:
 
     def close(self) -> None:
         """End the process; harmless when it is called twice, or when the process is gone already."""
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
         process, self._process = self._process, None
         if process is not None:
             if process.stdin is not None:

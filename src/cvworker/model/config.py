@@ -22,6 +22,8 @@ class ModelConfig:
     arena_size: int
     log_format: str
     log_level: str
+    with_example: bool = False
+    """Whether ``ready`` brings the module's example image, for ``cvworker check``."""
 
     @property
     def chunk(self) -> int:

@@ -70,7 +70,7 @@ class Feeder:
         self._broken = threading.Event()
         self._rebuilds = 0
         self._slots = torch.zeros(max(1, config.preprocess_workers), 3, dtype=torch.float64)
-        self._slots.share_memory_()
+        self._slots.share_memory_()  # type: ignore[no-untyped-call]
 
     def submit(self, jobs: list[tuple[int, int, int, bool]]) -> None:
         """Hand over images: number, offset, length, and whether it must be alone in its batch."""

@@ -5,7 +5,9 @@ It holds no credentials, no secrets and no sockets to the outside. It ends when 
 
 from __future__ import annotations
 
+import base64
 import faulthandler
+import io
 import json
 import multiprocessing
 import os
@@ -135,19 +137,21 @@ class ModelProcess:
         from cvworker.model.batcher import Sample
         from cvworker.model.preprocess import describe
 
+        hook = "preprocess"
         try:
             began = time.perf_counter()
             value = module.preprocess(module.example())
             preprocess_ms = (time.perf_counter() - began) * 1000
             samples = [Sample(0, value, 0.0) for _ in range(self._config.batch_size)]
+            hook = "process"
+            for size in dict.fromkeys((1, len(samples), 1)):
+                result = self._runner.trial(samples[:size])
+        except JobError as error:
+            return {"warning": f"{hook}: {error}"}
         except Exception as error:
-            return {"warning": f"preprocess: {describe(error)}"}
-        result: list[Done] = []
-        for size in dict.fromkeys((1, len(samples))):
-            result = self._runner.run(self._runner.stage(samples[:size]))
-            if result[0].error is not None:
-                return {"warning": f"process: {result[0].error.message}"}
-        return {
+            return {"warning": f"{hook}: {describe(error)}"}
+        picture = {"example_png": _png(module.example())} if self._config.with_example else {}
+        return picture | {
             "example": json.loads(result[0].result or "null"),
             "shapes": describe_sample(value),
             "preprocess_ms": round(preprocess_ms, 2),
@@ -166,6 +170,18 @@ def describe_sample(sample: Any) -> str:
     if isinstance(sample, (list, tuple)):
         return "[" + ", ".join(describe_sample(value) for value in sample) + "]"
     return type(sample).__name__
+
+
+def _png(image: Any) -> str:
+    """An image of either type as a PNG in base64."""
+    import torch
+    from PIL import Image
+
+    if isinstance(image, torch.Tensor):
+        image = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def main() -> None:
@@ -189,7 +205,6 @@ def main() -> None:
     except StartupError as error:
         process.send({"unusable": str(error)})
         os._exit(2)
-    os._exit(0)  # the interpreter's own end would wait for threads and caches that nobody needs
 
 
 def _start_fork_server(config: ModelConfig) -> None:

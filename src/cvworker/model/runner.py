@@ -53,7 +53,7 @@ class Runner:
         self._module = module
         self._device = device
         self._dtype = PRECISIONS[precision]
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.batch_size = batch_size
         """The largest batch that goes to ``process``; halved when the device runs out of memory."""
 
@@ -82,6 +82,20 @@ class Runner:
         except Exception as error:  # process is the module's
             return self._one_by_one(staged.samples, error)
         return [_encoded(sample, took, result) for sample, result in zip(staged.samples, results, strict=True)]
+
+    def trial(self, samples: list[Sample]) -> list[Done]:
+        """As :meth:`stage` and :meth:`run`, but what the module raises comes out: for warm-up and checks."""
+        batch, copied = self._collate(samples)
+        if copied is not None:
+            copied.synchronize()
+        began = time.perf_counter()
+        results = self._process(batch, len(samples))
+        took = (time.perf_counter() - began) * 1000
+        done = [_encoded(sample, took, result) for sample, result in zip(samples, results, strict=True)]
+        for each in done:
+            if each.error is not None:
+                raise each.error
+        return done
 
     def _process(self, batch: Any, size: int) -> Sequence[Any]:
         with torch.inference_mode(), self._autocast():
@@ -116,7 +130,7 @@ class Runner:
             return batch, None
         with torch.cuda.stream(self._stream):
             batch = pytree.tree_map_only(torch.Tensor, self._to_device, batch)
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record(self._stream)
         return batch, copied
 

@@ -1,10 +1,9 @@
-"""Whether the worker is alive, whether it is ready, and what it is doing."""
+"""Whether the worker is alive and whether it is ready, with the reasons."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any
 
 
 class Health:
@@ -44,42 +43,3 @@ class Health:
 
 def _reasons(checks: Iterable[Callable[[], str | None]]) -> list[str]:
     return [reason for check in checks if (reason := check()) is not None]
-
-
-def status(worker: Any) -> dict[str, Any]:
-    """What ``/status.json`` tells. No URL's query string and no secret is among it."""
-    metrics, settings = worker.metrics, worker.settings
-    ready = worker.inference.ready
-    return {
-        "version": worker.version,
-        "state": worker.state,
-        "uptime_s": round(worker.uptime(), 1),
-        "problems": worker.health.problems(),
-        "missing": worker.health.missing(),
-        "queue": {"url": worker.queue.url, "reachable": worker.receiver.reachable, "max_receives": worker.queue.max_receives},
-        "model": {
-            "module": ready.get("name"),
-            "device": ready.get("device_name"),
-            "precision": ready.get("precision"),
-            "weights": ready.get("weights"),
-            "restarts": worker.inference.restarts,
-            "pid": worker.inference.pid,
-        },
-        "held": len(worker.leases),
-        "image_bytes": worker.arena.used,
-        "queues": {queue.name: {"depth": len(queue), "limit": queue.limit} for queue in worker.queues},
-        "in_hand": {
-            "download": worker.downloading(),
-            "model": len(worker.inference),
-            "callback": len(worker.answering) if worker.answering else 0,
-        },
-        "download_concurrency": worker.tuner.downloads,
-        "rate_per_s": round(metrics.rate(), 2),
-        "pace_per_s": round(worker.tuner.pace.rate, 2),
-        "busy": dict(metrics.busy.ratios),
-        "latency_ms": metrics.quantiles(),
-        "messages": metrics.totals(metrics.messages),
-        "errors": metrics.totals(metrics.errors),
-        "callbacks": metrics.totals(metrics.callbacks),
-        "settings": settings.shown(),
-    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import MutableMapping
 from typing import Any
 
 import structlog
@@ -15,13 +16,18 @@ _SHARED: list[Any] = [
 ]
 
 
+def _in_order(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """What people look for first comes first."""
+    return {name: line.pop(name) for name in ("timestamp", "level", "event") if name in line} | dict(line)
+
+
 def configure(log_format: str, level: str) -> None:
     """Set up structlog, and what libraries log through the standard library, for this process."""
     as_json = log_format == "json" or (log_format == "auto" and not sys.stdout.isatty())
     least = getattr(logging, level.upper())
     renderer: list[Any]
     if as_json:
-        renderer = [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        renderer = [structlog.processors.dict_tracebacks, _in_order, structlog.processors.JSONRenderer()]
     else:
         renderer = [structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty())]
     structlog.configure(

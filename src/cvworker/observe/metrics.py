@@ -5,9 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+if TYPE_CHECKING:
+    from types_boto3_sqs.type_defs import MessageTypeDef
 
 STAGES = ("receive", "download", "preprocess", "process", "callback")
 QUEUES = ("download", "inference", "results")
@@ -62,6 +66,32 @@ class Metrics:
         self._stage[stage].observe(seconds)
         self.busy.add(stage, seconds)
 
+    def received(self, outcome: str, seconds: float) -> None:
+        """One receive call returned."""
+        self.sqs_requests.labels("receive", outcome).inc()
+        self.timed("receive", seconds)
+
+    def admitted(self, message: MessageTypeDef, now: float) -> None:
+        """A message was received at ``now``, seconds since the epoch."""
+        sent = float(message.get("Attributes", {}).get("SentTimestamp", now * 1000)) / 1000
+        self.queue_wait.observe(max(0.0, now - sent))
+
+    def batch_done(self, size: int, seconds: float) -> None:
+        self.batch_size.observe(size)
+        self.timed("process", seconds)
+
+    def called_back(self, code_class: str, seconds: float) -> None:
+        """One callback request ended, in a status or in ``timeout``, ``error`` or ``refused``."""
+        self.callbacks.labels(code_class).inc()
+        self.timed("callback", seconds)
+
+    def answered(self, timings_ms: Mapping[str, float]) -> None:
+        """A callback was accepted, for a job with these timings."""
+        self.recent.append((time.monotonic(), dict(timings_ms)))
+
+    def lease_event(self, what: str, count: int) -> None:
+        (self.extensions if what == "extended" else self.leases_lost).inc(count)
+
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
@@ -106,13 +136,13 @@ class Busy:
         with self._lock:
             self._seconds[stage] += seconds
 
-    def look(self, capacity: Mapping[str, Callable[[], float]]) -> dict[str, float]:
+    def look(self, capacity: Mapping[str, float]) -> dict[str, float]:
         now = time.monotonic()
         with self._lock:
             elapsed = max(now - self._looked_at, 1e-6)
             self._looked_at = now
             seconds, self._seconds = self._seconds, dict.fromkeys(STAGES, 0.0)
         for stage, work in seconds.items():
-            ratio = min(1.0, work / (elapsed * max(capacity[stage](), 1.0)))
+            ratio = min(1.0, work / (elapsed * max(capacity[stage], 1.0)))
             self.ratios[stage] = round(0.7 * self.ratios[stage] + 0.3 * ratio, 4)  # smoothed over some seconds
         return self.ratios

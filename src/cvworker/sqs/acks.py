@@ -72,7 +72,7 @@ class Acks:
         with self._wake:
             self._stopping, self._give_up_at = True, give_up_at
             self._wake.notify()
-        self.thread.join(max(0.0, give_up_at - self._clock.monotonic()) + 1)
+        self.thread.join(max(0.0, give_up_at - self._clock.monotonic()) + LINGER_S)
 
     def _run(self) -> None:
         while batch := self._next():
@@ -84,8 +84,8 @@ class Acks:
         """What to send now; empty when there is nothing left and none will come."""
         with self._wake:
             if self._failures and not self._past_giving_up():
-                delay = min(0.2 * 2.0 ** min(self._failures, 10), BACKOFF_CAP_S)
-                self._wake.wait(delay * random.uniform(0.5, 1))  # noqa: S311 - jitter
+                delay = min(0.2 * 2.0 ** min(self._failures, 10), BACKOFF_CAP_S) * random.uniform(0.5, 1)  # noqa: S311
+                self._wake.wait(min(delay, max(0.0, self._give_up_at - self._clock.monotonic())))
             while not self._waiting and not self._stopping:
                 self._wake.wait()
             if len(self._waiting) < MAX_BATCH and not self._stopping:

@@ -49,7 +49,7 @@ LOST = Outcome(End.LOST)
 
 
 def later(attempt: int, at_least: float = 0.0, uniform: Callable[[float, float], float] = random.uniform) -> Outcome:
-    """Try again after 5 s x 2^n by receive count, capped at 900 s, give or take a fifth."""
+    """Try again after 5 s x 2^n by receive count, capped at 900 s, give or take a fifth; never before ``at_least``."""
     delay = min(RETRY_BASE_S * 2.0 ** min(attempt - 1, 16), RETRY_CAP_S)
-    delay = max(delay, at_least) * uniform(1 - RETRY_JITTER, 1 + RETRY_JITTER)
-    return Outcome(End.LATER, min(delay, max(RETRY_CAP_S, at_least)))
+    delay = min(delay * uniform(1 - RETRY_JITTER, 1 + RETRY_JITTER), RETRY_CAP_S)
+    return Outcome(End.LATER, max(delay, at_least * uniform(1, 1 + RETRY_JITTER)))

@@ -57,12 +57,8 @@ class Queue:
     def __init__(self, url: str, *, receive_threads: int = 3, wait_s: int = 10) -> None:
         self.url = url
         self.wait_s = wait_s
-        session = boto3.Session()
-        region = session.region_name or _region_of(url)
-        self._polling: SQSClient = session.client(
-            "sqs", region_name=region, config=_config(receive_threads, wait_s + READ_MARGIN_S)
-        )
-        self._settling: SQSClient = session.client("sqs", region_name=region, config=_config(4, READ_MARGIN_S))
+        self._polling = _client(url, receive_threads, wait_s + READ_MARGIN_S)
+        self._settling = _client(url, 4, READ_MARGIN_S)
         self.visibility_timeout = 30
         self.max_receives: int | None = None
         self.dead_letter_arn: str | None = None
@@ -81,12 +77,10 @@ class Queue:
         return queue
 
     def read_attributes(self) -> dict[str, str]:
-        names = ["All"]
         answer = explain(
-            self.url,
-            lambda: self._settling.get_queue_attributes(QueueUrl=self.url, AttributeNames=names),  # type: ignore[arg-type]
+            self.url, lambda: self._settling.get_queue_attributes(QueueUrl=self.url, AttributeNames=["All"])
         )
-        attributes: dict[str, str] = dict(answer.get("Attributes", {}))
+        attributes = {str(name): value for name, value in answer.get("Attributes", {}).items()}
         self.visibility_timeout = int(attributes.get("VisibilityTimeout", 30))
         policy = json.loads(attributes.get("RedrivePolicy") or "{}")
         self.max_receives = int(policy["maxReceiveCount"]) if "maxReceiveCount" in policy else None
@@ -127,6 +121,21 @@ class Queue:
     def close(self) -> None:
         self._polling.close()
         self._settling.close()
+
+
+def open_client(url: str) -> SQSClient:
+    """A client for the queue at ``url``, whose attributes it could read.
+
+    Raises:
+        StartupError: as :meth:`Queue.open` does.
+    """
+
+    def connect() -> SQSClient:
+        client = _client(url, 1, READ_MARGIN_S)
+        client.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"])
+        return client
+
+    return explain(url, connect)
 
 
 def explain(url: str, call: Callable[[], T]) -> T:
@@ -170,6 +179,12 @@ ChangeMessageVisibility"
     }:
         return "the AWS credentials are not valid (wrong, revoked or expired)"
     return f"SQS refused the call for {url}"
+
+
+def _client(url: str, connections: int, read_timeout: int) -> SQSClient:
+    session = boto3.Session()
+    region = session.region_name or _region_of(url)
+    return session.client("sqs", region_name=region, config=_config(connections, read_timeout))
 
 
 def _config(connections: int, read_timeout: int) -> Config:
