@@ -844,14 +844,15 @@ def test_what_is_no_redirect_is_returned_as_it_is(answer: bytes) -> None:
 )
 def test_headers_are_not_carried_to_another_host(location: str, carried: bool) -> None:
     async def scenario() -> None:
-        async with serving() as server, GuardedSession(AddressGuard(), lookup=libc) as http:
+        async with serving() as server, GuardedSession(AddressGuard(), lookup=libc, user_agent="cvworker/1") as http:
             server.pages |= {"/": redirect(location), "/next": redirect("http://a.example/back")}
             await fetch(http, "http://a.example/", headers={"Authorization": "Bearer SECRET", "X-Own": "SECRET"})
             first, *others = server.headers
             assert (first["authorization"], first["x-own"]) == ("Bearer SECRET", "SECRET")
             assert len(others) == 2
             assert all(("SECRET" in str(headers)) is carried for headers in others)
-            assert all(headers["accept-encoding"] == "identity" for headers in server.headers)
+            assert {headers["accept-encoding"] for headers in server.headers} == {"identity"}
+            assert {headers["user-agent"] for headers in server.headers} == {"cvworker/1"}
 
     run(scenario(), divert=True)
 

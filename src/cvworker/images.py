@@ -2,11 +2,10 @@
 
 Runs in the DataLoader processes. What a file claims is compared with the limit before a pixel is decoded, and of an
 animation or a multi-page file only the first frame ever is. Plain JPEGs (8 bits, grey or colour: nearly all there is)
-go to libjpeg-turbo through simplejpeg, everything else to Pillow, which is told the one format it may try. At every
-scale the two agree within 2 levels on the same JPEG.
+go to libjpeg-turbo by simplejpeg, everything else to Pillow, told the one format to try: within 2 levels of each other.
 
-Memory: at most 16 bytes for each pixel decoded (WebP and AVIF; JPEG takes 3, progressive 9), plus the file twice. One
-exception: an AVIF that lies about its size is held only by libavif's 16384 x 16384, which cannot be set from here.
+Memory: at most 18 bytes for each pixel decoded (WebP; JPEG takes 3 to 10), and the file twice. One exception: an AVIF
+that lies about its size is held only by libavif's own limit of 16384 x 16384, which cannot be set from here.
 """
 
 from __future__ import annotations
@@ -76,13 +75,11 @@ def decode(
     most preprocessing gains by it. It shares no memory with ``data``. With ``min_side``, a JPEG may come scaled down
     by 2, 4 or 8, its smaller side no less than ``min_side`` pixels.
 
-    Raises, apart from a ``MemoryError``, only errors without a traceback (which would keep ``data`` alive):
-
-    - :class:`ImageUnsupported` for any other format, known by its first bytes; for no bytes at all; and for pixels
-      without an agreed range (integers of 32 bits, floats) or a plain way to RGB (12-bit JPEG, CIELAB);
-    - :class:`ImageTooLarge` for more than ``max_pixels`` pixels, before any scaling;
-    - :class:`ImageInvalid` for damaged and truncated files. Bytes after the end are no damage, nor are spare ones
-      between the segments of a JPEG, which cameras write, nor a broken EXIF or colour profile.
+    Raises, apart from a ``MemoryError``, only these, without a traceback (which would keep ``data`` alive):
+    :class:`ImageUnsupported` for other formats (told by the first bytes), for no bytes at all, and for pixels without
+    an agreed range or way to RGB (32-bit integers, floats, 12-bit JPEG, CIELAB); :class:`ImageTooLarge` for more than
+    ``max_pixels`` pixels, before any scaling; :class:`ImageInvalid` for damaged or truncated files. No damage are bytes
+    after the end, spare bytes between the segments of a JPEG (cameras write them), broken EXIF and broken profiles.
     """
     failure: JobError
     with memoryview(data).cast("B") as view:
@@ -118,10 +115,9 @@ def _decode(view: memoryview, min_side: int, max_pixels: int) -> tuple[Any, int]
         _limit(width, height * scans, MAX_WORK * max_pixels, f"{scans} scans: ")
         # Powers of two only, as Pillow does: the scales between cost more than they save.
         scale = next((n for n in (8, 4, 2) if 0 < min_side * n <= min(width, height)), 1)
-        if components == 3 or (components == 1 and not icc):
-            pixels = _decode_plain_jpeg(view, width, height, scale, icc)
-            if pixels is not None:
-                return pixels, _orientation(exif)
+        plain = components == 3 or (components == 1 and not icc)
+        if plain and (pixels := _decode_plain_jpeg(view, width, height, scale, icc)) is not None:
+            return pixels, _orientation(exif)
     elif check := {"PNG": _check_png, "GIF": _check_gif, "TIFF": _check_tiff}.get(name):
         check(view, max_pixels)
     # Pillow's own limit must not be the narrower one; None is none.
@@ -180,8 +176,7 @@ def _decode_plain_jpeg(view: memoryview, width: int, height: int, scale: int, ic
 
 def _check_png(view: memoryview, max_pixels: int) -> None:
     """Size, and that every critical chunk is there as it was written: Pillow takes pixels without their checksum."""
-    width, height = struct.unpack_from(">II", view, 16)
-    _limit(width, height, max_pixels)
+    _limit(int.from_bytes(view[16:20], "big"), int.from_bytes(view[20:24], "big"), max_pixels)
     at, kind = 8, b""
     while kind != b"IEND":
         length, kind = struct.unpack_from(">I4s", view, at)
@@ -242,7 +237,7 @@ def _orientation(exif: Any) -> int:
 
 
 def _to_rgb(image: Image.Image, png_bits: int) -> Image.Image:
-    """A new image of mode RGB from any mode: wide greys scaled, colours by the profile, alpha over white."""
+    """Any mode to RGB: wide greys scaled, colours by the profile, alpha over white."""
     icc, clear = image.info.get("icc_profile"), image.info.get("transparency")
     if image.mode in ("I", "F", "LAB"):
         raise ImageUnsupported(f"pixels of mode {image.mode}")
@@ -265,7 +260,7 @@ def _to_rgb(image: Image.Image, png_bits: int) -> Image.Image:
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image)
         return white
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @functools.lru_cache(maxsize=16)  # making one takes milliseconds, and most images come with one of a few profiles
@@ -288,7 +283,7 @@ def _to_srgb(icc: Any, mode: str) -> ImageCms.ImageCmsTransform | None:
 def _upright(pixels: Any, orientation: int, image_type: str) -> torch.Tensor | Image.Image:
     """Turn the pixels as EXIF says, and give them the type that is wanted."""
     if image_type == "pil":
-        image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+        image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels.copy()  # without its decoder
         image.info.clear()  # what it says of EXIF and colours is done
         image.getexif()[ORIENTATION] = orientation
         return ImageOps.exif_transpose(image) if orientation > 1 else image

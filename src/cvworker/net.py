@@ -330,6 +330,7 @@ class GuardedSession:
         limit: int = 100,
         limit_per_host: int = 0,
         keepalive_timeout: float = 15.0,
+        user_agent: str = "cvworker",
         ssl_context: ssl.SSLContext | None = None,
         lookup: Lookup = look_up,
         lookup_timeout: float = LOOKUP_TIMEOUT,
@@ -350,7 +351,7 @@ class GuardedSession:
             return aiohttp.ClientSession(
                 connector=connector,
                 cookie_jar=aiohttp.DummyCookieJar(),
-                headers={"Accept-Encoding": "identity"},
+                headers={"Accept-Encoding": "identity", "User-Agent": user_agent},
                 auto_decompress=False,
                 timeout=aiohttp.ClientTimeout(total=None),  # get and post have their own
                 trust_env=False,
@@ -378,7 +379,7 @@ class GuardedSession:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """GET, following redirects. ``timeout`` is in seconds, from the first look-up to the end of the ``async with``.
 
-        ``headers`` go to the URL's own origin only. Raises DownloadFailed at the sixth redirect.
+        ``headers`` go to the origin of ``url`` only. Raises DownloadFailed at the sixth redirect.
         """
         async with asyncio.timeout(timeout):
             target = self._guard.check_url(url)

@@ -18,7 +18,7 @@ from cvworker.observe.health import Health
 from cvworker.observe.http import Endpoints
 from cvworker.observe.metrics import Metrics
 from cvworker.settings import Settings
-from cvworker.worker import Worker
+from cvworker.worker import USER_AGENT, Worker
 
 TICK_S = 1.0
 
@@ -59,7 +59,8 @@ class Service:
         log.info("starting", version=__version__, module=self.settings.module, url=f"http://{host}:{self.port}/")
         try:
             if await self._unless_stopped(worker, asyncio.to_thread(worker.warm_up)):
-                async with GuardedSession(worker.guard, limit=self.settings.callback_concurrency) as session:
+                connections = self.settings.callback_concurrency
+                async with GuardedSession(worker.guard, limit=connections, user_agent=USER_AGENT) as session:
                     await self._serve(worker, session)
         finally:
             worker.inference.kill()

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 LONG_POLL_S = 10
 """Shorter than SQS's 20 s, because a stop waits for the poll under way: a cut-off one may hide messages."""
 DOWNLOAD_CONNECTIONS = 256
+USER_AGENT = f"cvworker/{__version__}"
 IN_HAND_PER_CALLBACK = 4
 """Answers in hand for each callback under way: those that wait to be tried again occupy no connection."""
 
@@ -155,7 +156,6 @@ class Worker:
             timeout=self.settings.callback_timeout,
             clock=self.clock,
             concurrency=self.settings.callback_concurrency,
-            user_agent=f"cvworker/{__version__}",
             called=self.metrics.called_back,
         )
         self.heartbeat.start()
@@ -234,7 +234,7 @@ class Worker:
             max_bytes=int(s.max_image_bytes),
             timeout=s.download_timeout,
             connections=DOWNLOAD_CONNECTIONS,
-            user_agent=f"cvworker/{__version__}",
+            user_agent=USER_AGENT,
         ) as fetcher:
             pool = JobPool(
                 self.download_queue,

@@ -96,7 +96,7 @@ function judge(status) {
   if (problems.length) return found("bad", `Failing: ${problems[0]}.`, [...problems.slice(1), ...missing].join("; "));
   if (state === "starting") return found("warn", "Starting: no messages taken yet.", missing.join("; "));
   if (state !== "running") {
-    return found("warn", `Stopping: ${whole(held)} messages in hand.`, "What cannot be finished in time is given back.");
+    return found("warn", `Stopping: ${whole(held)} messages in hand.`, "What is not finished in time is given back.");
   }
   if (missing.length) {
     return found("warn", "Not ready.", missing.join("; "), status.queue.reachable ? null : "receive", "no queue");
@@ -139,8 +139,8 @@ function show(status) {
   const unready = state === "running" && missing.length > 0;
   const tone = problems.length ? "bad" : unready || state !== "running" ? "warn" : "good";
   put(byId("module"), model.module ?? status.settings.module ?? "cvworker");
-  const up = duration(1000 * Math.floor(status.uptime_s));
-  put(byId("about"), [model.device, model.precision, `cvworker ${status.version}`, `up ${up}`].filter(Boolean).join(" · "));
+  const device = [model.device, model.precision].filter(Boolean), up = duration(1000 * Math.floor(status.uptime_s));
+  put(byId("about"), [...device, `cvworker ${status.version}`, `up ${up}`].join(" · "));
   showState(state + (problems.length ? ", failing" : unready ? ", not ready" : ""), tone, verdict);
   putList("notes", remarks(status));
   showFlow(status, verdict);
@@ -210,8 +210,7 @@ function showTables(status) {
     putRows(kind, rows.length ? rows : [["none", 0, 0]]);
   }
   const time = (step, which) => (latency[step] ? duration(latency[step][which]) : "–");
-  const steps = [...new Set([...LATENCIES, ...Object.keys(latency)])];
-  putRows("latency", steps.map((step) => [step, time(step, "p50"), time(step, "p95")]));
+  putRows("latency", LATENCIES.map((step) => [step, time(step, "p50"), time(step, "p95")]));
   putRows("facts", [
     ["queue", queue.url],
     ["dead-letter queue", queue.max_receives === null ? "none" : `after ${queue.max_receives} receives`],
@@ -237,18 +236,24 @@ async function ask() {
   }
   asking = false;
   schedule(EVERY_MS);
-  if (status) take(status);
-  else lost(why);
+  try {
+    if (status) take(status);
+    else lost(why);
+  } catch (error) { // another version's answer
+    console.error(error);
+    looks = [];
+    lost("this page cannot read what it answers; load it again");
+  }
 }
 
 function take(status) {
   const at = performance.now();
   if (looks.length && status.uptime_s < looks.at(-1).status.uptime_s) looks = []; // it was started anew
   looks = [...looks.filter((look) => at - look.at <= CURVE_MS), { at, status }];
+  show(status);
   answeredAt = new Date();
   put(byId("seen"), `Last answer ${answeredAt.toLocaleTimeString()}`);
   byId("main").dataset.from = "now";
-  show(status);
 }
 
 function lost(why) {

@@ -59,11 +59,13 @@ class Acks:
 
     def put(self, lease: Lease, outcome: Outcome) -> None:
         """Settle a message with SQS, soon."""
-        if lease.lost or outcome.delay is None and outcome.end is not End.ANSWERED:
-            self._ended(lease, outcome)  # nothing to tell SQS, or nothing it would listen to
+        ack = _Ack(lease, outcome)
+        # A lost handle delays nothing any more, but may still delete, and its client must not be answered twice.
+        if not ack.deletes and (lease.lost or outcome.delay is None):
+            self._ended(lease, outcome)
             return
         with self._wake:
-            self._waiting.append(_Ack(lease, outcome))
+            self._waiting.append(ack)
             if len(self._waiting) in (1, MAX_BATCH):
                 self._wake.notify()
 
@@ -123,7 +125,7 @@ class Acks:
             failed = self._queue.delete([ack.lease.receipt for ack in acks])
         else:
             failed = self._queue.change_visibility(
-                [(ack.lease.receipt, round(ack.outcome.delay or 0)) for ack in acks]
+                [(ack.lease.receipt, math.ceil(ack.outcome.delay or 0)) for ack in acks]
             )
         return {failure.index: failure for failure in failed}
 

@@ -68,7 +68,6 @@ class Custody:
         )
         if lease is None:
             return []
-        lease.last_attempt = lease.attempt >= (self._max_receives or self._max_attempts)
         requests = parse(
             message.get("Body", ""),
             message_id=lease.message_id,
@@ -98,7 +97,8 @@ class Custody:
 
     def verdict(self, job: Job, error: JobError) -> Outcome | None:
         """What an error means for the job: an outcome, or ``None`` to answer the client with it."""
-        if error.retryable and not job.lease.last_attempt:
+        last = job.lease.attempt >= (self._max_receives or self._max_attempts)
+        if error.retryable and not last:
             return later(job.lease.attempt, getattr(error, "retry_after", None) or 0.0)
         return None
 

@@ -26,7 +26,6 @@ class Lease:
     """When SQS would show the message again, on the monotonic clock, as far as calls that succeeded tell."""
     ends: float
     """When it is let go whatever happens (``max_lease``), on the monotonic clock."""
-    last_attempt: bool = False
     jobs_left: int = 0
     outcomes: list[Outcome] = field(default_factory=list)
     lost: bool = False
@@ -79,6 +78,15 @@ class LeaseTable:
         with self._lock:
             due = [x for x in self._leases.values() if not x.lost and now < x.ends and self._when(x) <= now]
             return [(lease, lease.receipt) for lease in sorted(due, key=lambda lease: lease.deadline)]
+
+    def still(self, due: list[tuple[Lease, str]]) -> list[tuple[Lease, str]]:
+        """Those held by the same handle now: an extension would undo the delay of one settled since."""
+        with self._lock:
+            return [
+                (lease, receipt)
+                for lease, receipt in due
+                if self._leases.get(lease.message_id) is lease and lease.receipt == receipt
+            ]
 
     def next_due(self) -> float | None:
         """When :meth:`due` will have something next, on the monotonic clock."""

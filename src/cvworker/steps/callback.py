@@ -53,7 +53,6 @@ class CallbackSender:
         timeout: float,
         clock: Clock,
         concurrency: int,
-        user_agent: str,
         called: Callable[[str, float], None] = lambda _code_class, _seconds: None,
     ) -> None:
         self._session = session
@@ -61,7 +60,6 @@ class CallbackSender:
         self._timeout = timeout
         self._clock = clock
         self._under_way = asyncio.Semaphore(concurrency)
-        self._headers = {"Content-Type": "application/json", "User-Agent": user_agent}
         self._called = called
 
     async def post(self, url: str, webhook_id: str, body: bytes) -> Sent:
@@ -89,7 +87,7 @@ class CallbackSender:
         raise AssertionError("the last try returns or raises")
 
     async def _once(self, url: str, webhook_id: str, body: bytes) -> tuple[int, Mapping[str, str]]:
-        headers = {"webhook-id": webhook_id, **self._headers}
+        headers = {"webhook-id": webhook_id, "Content-Type": "application/json"}
         async with self._under_way:
             began = self._clock.monotonic()
             if self._signer is not None:  # at each try: receivers refuse old timestamps

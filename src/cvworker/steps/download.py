@@ -44,11 +44,10 @@ class Fetcher:
     def __init__(
         self, guard: AddressGuard, arena: Arena, *, max_bytes: int, timeout: float, connections: int, user_agent: str
     ) -> None:
-        self._session = GuardedSession(guard, limit=connections)
+        self._session = GuardedSession(guard, limit=connections, user_agent=user_agent)
         self._arena = arena
         self._max_bytes = max_bytes
         self._timeout = timeout
-        self._headers = {"User-Agent": user_agent}
         self._s3 = _S3(max_bytes, timeout)
 
     async def __aenter__(self) -> Fetcher:
@@ -83,7 +82,7 @@ class Fetcher:
 
     async def _from_http(self, url: str, limit: asyncio.Timeout) -> Slot:
         try:
-            async with self._session.get(url, headers=self._headers) as response:
+            async with self._session.get(url) as response:
                 _check(response)
                 return await self._read(response, limit)
         except aiohttp.ClientConnectorDNSError as error:
