@@ -93,6 +93,8 @@ class FakeSqs:
         self.faults: defaultdict[str, deque[Fault]] = defaultdict(deque)
         self.during: Callable[[str], None] = lambda _operation: None
         """Called in the middle of each settling call, with its name."""
+        self.poll_scale = 0.05
+        """How long a second of a long poll takes."""
         self.polling = 0
         self.most_polling = 0
         self._changed = threading.Condition()
@@ -124,7 +126,7 @@ class FakeSqs:
     def receive_message(self, *, MaxNumberOfMessages: int, WaitTimeSeconds: int, VisibilityTimeout: int, **_: Any) -> Any:  # noqa: N803
         assert 1 <= MaxNumberOfMessages <= 10
         with self._changed:
-            self.calls.append(("receive", [{"max": MaxNumberOfMessages}]))
+            self.calls.append(("receive", [{"max": MaxNumberOfMessages, "visibility": VisibilityTimeout}]))
             if self.faults["receive"]:
                 fault = self.faults["receive"].popleft()
                 assert isinstance(fault, Exception)
@@ -132,7 +134,7 @@ class FakeSqs:
             self.polling += 1
             self.most_polling = max(self.most_polling, self.polling)
             try:
-                self._changed.wait_for(self._visible, WaitTimeSeconds)
+                self._changed.wait_for(self._visible, WaitTimeSeconds * self.poll_scale)
             finally:
                 self.polling -= 1
             taken = [self._deliver(m, VisibilityTimeout) for m in self._visible()[:MaxNumberOfMessages]]

@@ -244,6 +244,7 @@ def test_the_page_tells_what_holds_the_worker_back(look):
         ({"problems": ["a thread died", "another"]}, "Failing: a thread died.", "another"),
         ({"missing": ["sqs: denied"]}, "Not ready.", "sqs: denied"),
         ({"busy": {"download": 0.3}}, "It keeps up with what arrives.", "download_concurrency (auto, now 54)"),
+        ({"busy": {"download": 0.01}}, "It keeps up with what arrives.", "Every step has room."),
         # all before a full queue only waits for room, however busy it is
         (
             {"queues": {"results": {"depth": 28, "limit": 28}}},

@@ -6,7 +6,9 @@ A :class:`JobError` is an answer the client can be given: its ``code`` is part o
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, TypeVar
+
+E = TypeVar("E", bound=BaseException)
 
 
 class CvworkerError(Exception):
@@ -113,6 +115,12 @@ class ProcessFailed(JobError):
     """The module's ``process`` raised, gave an unusable result, or killed its process, for this image."""
 
     code = "process_failed"
+
+
+def without_frames(error: E) -> E:
+    """``error`` as it may be kept: the frames it passed through, and those of its causes, hold images and tensors."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
 
 
 def _leaves(cls: type[JobError]) -> list[type[JobError]]:

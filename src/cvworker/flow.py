@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from cvworker.answer import WorkerInfo, answer_body
-from cvworker.errors import JobError, UrlNotAllowed
+from cvworker.errors import JobError, UrlNotAllowed, without_frames
 from cvworker.sqs.outcome import ANSWERED, LOST, RELEASED, End, Outcome
 from cvworker.steps.callback import CallbackRefused
 
@@ -50,6 +50,10 @@ class Flow:
         """One job's download, on a download thread's event loop."""
         if not self._custody.alive(job):
             self.settle(job, LOST)
+            return
+        url = job.request.callback_url
+        if url is not None and self.sender is not None and self.sender.crowded(url):
+            self.settle(job, self._custody.unanswered(job), problem="too many answers wait for the callback's host")
             return
         began = time.perf_counter()
         try:
@@ -158,7 +162,7 @@ class Flow:
     def _to_be_answered(self, job: Job, error: JobError) -> bool:
         """Take note of an error; True if the client is to be told of it now."""
         self._metrics.errors.labels(error.code).inc()
-        job.error = error.with_traceback(None)  # frames would keep the image in memory
+        job.error = without_frames(error)
         outcome = self._custody.verdict(job, error)
         if outcome is None:
             return True

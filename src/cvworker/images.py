@@ -90,9 +90,9 @@ def decode(
             failure = type(error)(str(error))
         except MemoryError:
             raise
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            failure = ImageTooLarge(str(error))
-        except (UnidentifiedImageError, struct.error, IndexError, KeyError):
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            failure = ImageTooLarge(f"more than {max_pixels} pixels")
+        except (UnidentifiedImageError, struct.error, LookupError, ArithmeticError):
             failure = ImageInvalid("damaged or truncated: its header cannot be read")
         except Exception as error:  # on hostile bytes the decoders raise anything
             failure = ImageInvalid(f"damaged or truncated: {error or type(error).__name__}")
@@ -180,10 +180,10 @@ def _check_png(view: memoryview, max_pixels: int) -> None:
     at, kind = 8, b""
     while kind != b"IEND":
         length, kind = struct.unpack_from(">I4s", view, at)
-        (checksum,) = struct.unpack_from(">I", view, at + 8 + length)
-        if not kind[0] & 0x20 and zlib.crc32(view[at + 4 : at + 8 + length]) != checksum:
-            raise ImageInvalid("damaged: a checksum is wrong")
         at += 12 + length
+        (checksum,) = struct.unpack_from(">I", view, at - 4)
+        if not kind[0] & 0x20 and zlib.crc32(view[at - 8 - length : at - 4]) != checksum:
+            raise ImageInvalid("damaged: a checksum is wrong")
 
 
 def _check_gif(view: memoryview, max_pixels: int) -> None:
@@ -223,7 +223,8 @@ def _directory(tiff: bytes | memoryview) -> Iterator[tuple[int, int, int, int]]:
     order = ">" if tiff[0] == 0x4D else "<"
     (at,) = struct.unpack_from(order + "I", tiff, 4)
     (entries,) = struct.unpack_from(order + "H", tiff, at)
-    for tag, kind, count, value in struct.iter_unpack(order + "HHI4s", tiff[at + 2 : at + 2 + 12 * entries]):
+    for entry in range(at + 2, at + 2 + 12 * entries, 12):
+        tag, kind, count, value = struct.unpack_from(order + "HHI4s", tiff, entry)
         yield tag, kind, count, struct.unpack_from(order + {1: "B", 3: "H"}.get(kind, "I"), value)[0]
 
 

@@ -190,6 +190,7 @@ class Service:
                 "weights": ready.get("weights"),
                 "restarts": worker.inference.restarts,
                 "pid": worker.inference.pid,
+                "preprocess_workers": worker.inference.workers,
             },
             "held": len(worker.leases),
             "image_bytes": worker.arena.used,

@@ -29,7 +29,7 @@ from cvworker.sqs.leases import LeaseTable
 from cvworker.sqs.outcome import End, Outcome
 from cvworker.sqs.queue import Queue
 from cvworker.sqs.receiver import Receiver
-from cvworker.steps.callback import TRIES, CallbackSender
+from cvworker.steps.callback import RESULT_WAIT_S, TRIES, CallbackSender
 from cvworker.steps.download import DownloadThreads, Fetcher
 from cvworker.steps.inference import Inference
 from cvworker.steps.pool import JobPool
@@ -47,8 +47,6 @@ LONG_POLL_S = 10
 """Shorter than SQS's 20 s, because a stop waits for the poll under way: a cut-off one may hide messages."""
 DOWNLOAD_CONNECTIONS = 256
 USER_AGENT = f"cvworker/{__version__}"
-IN_HAND_PER_CALLBACK = 4
-"""Answers in hand for each callback under way: those that wait to be tried again occupy no connection."""
 
 log = structlog.get_logger(__name__)
 
@@ -131,7 +129,7 @@ class Worker:
         self.answering = JobPool(
             self.results_queue,
             self.flow.answer,
-            limit=lambda: IN_HAND_PER_CALLBACK * s.callback_concurrency,
+            limit=lambda: self.flow.sender.in_hand_limit() if self.flow.sender else 1,
             surprised=self.flow.surprised,
         )
         self.downloading: list[tuple[asyncio.AbstractEventLoop, JobPool]] = []
@@ -215,7 +213,7 @@ class Worker:
         s = self.settings
         for name, pools, own_limit in (
             ("download", [pool for _, pool in self.downloading], s.download_timeout),
-            ("callback", [self.answering], s.callback_timeout * TRIES),
+            ("callback", [self.answering], s.callback_timeout * TRIES + RESULT_WAIT_S),
         ):
             oldest = max((pool.oldest() for pool in pools), default=0.0)
             if oldest > own_limit + s.stall_timeout and not self.stopping:

@@ -13,7 +13,7 @@ import structlog
 import torch
 from torch.utils import _pytree as pytree
 
-from cvworker.errors import JobError, ProcessFailed
+from cvworker.errors import JobError, ProcessFailed, without_frames
 from cvworker.model.batcher import Sample
 from cvworker.model.preprocess import describe
 from cvworker.module import Module
@@ -63,25 +63,36 @@ class Runner:
         try:
             staged.batch, staged.copied = self._collate(samples)
         except Exception as error:  # collate is the module's
-            staged.error = error.with_traceback(None)
+            staged.error = _noted(samples, error)
         return staged
 
     def run(self, staged: Staged) -> list[Done]:
         """Results for a staged batch, in order; samples that fail are tried one by one, so only the guilty one does."""
+        done, error = self._attempt(staged)
+        if error is None:
+            return done
+        # Out here neither the error's frames nor the batch keep memory on the device that the next try needs.
+        staged.batch = None
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # raises again, and ends this process, if the device is lost for it
+        if isinstance(error, torch.OutOfMemoryError):
+            return self._halve(staged.samples, error)
+        return self._one_by_one(staged.samples, error)
+
+    def _attempt(self, staged: Staged) -> tuple[list[Done], Exception | None]:
+        """Results for a batch, or why there are none."""
+        if staged.error is not None:
+            return [], staged.error
         try:
-            if staged.error is not None:
-                raise staged.error
             if staged.copied is not None:
                 torch.cuda.current_stream(self._device).wait_event(staged.copied)
                 _keep(staged.batch, torch.cuda.current_stream(self._device))
             began = time.perf_counter()
             results = self._process(staged.batch, len(staged.samples))
             took = (time.perf_counter() - began) * 1000
-        except torch.OutOfMemoryError as error:
-            return self._halve(staged.samples, error)
+            return [_encoded(sample, took, result) for sample, result in zip(staged.samples, results, strict=True)], None
         except Exception as error:  # process is the module's
-            return self._one_by_one(staged.samples, error)
-        return [_encoded(sample, took, result) for sample, result in zip(staged.samples, results, strict=True)]
+            return [], _noted(staged.samples, error)
 
     def trial(self, samples: list[Sample]) -> list[Done]:
         """As :meth:`stage` and :meth:`run`, but what the module raises comes out: for warm-up and checks."""
@@ -109,8 +120,7 @@ class Runner:
     def _one_by_one(self, samples: list[Sample], error: Exception) -> list[Done]:
         if len(samples) == 1:
             failure = error if isinstance(error, ProcessFailed) else ProcessFailed(describe(error))
-            log.warning("process failed", job=samples[0].number, error=failure.message, exc_info=_shown(error))
-            return [Done(samples[0], 0.0, error=failure.with_traceback(None))]
+            return [Done(samples[0], 0.0, error=failure)]
         log.warning("process failed for a batch; its samples are tried one by one", batch=len(samples), error=describe(error))
         return [done for sample in samples for done in self.run(self.stage([sample]))]
 
@@ -160,5 +170,9 @@ def _encoded(sample: Sample, took: float, result: Any) -> Done:
         return Done(sample, took, error=ProcessFailed(f"the result is not JSON: {describe(error)}"))
 
 
-def _shown(error: Exception) -> Exception | None:
-    return None if isinstance(error, ProcessFailed) else error
+def _noted(samples: list[Sample], error: Exception) -> Exception:
+    """Log why a sample failed by itself, and return the error without the frames that hold its tensors."""
+    if len(samples) == 1:
+        shown = None if isinstance(error, ProcessFailed) else error
+        log.warning("process failed", job=samples[0].number, error=describe(error), exc_info=shown)
+    return without_frames(error)

@@ -18,6 +18,8 @@ QUEUES = ("download", "inference", "results")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 LONG_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+CARRIED = 30
+"""Looks over which the share of one long piece of work may be spread."""
 RECENT = 1000
 """Messages whose latency and timings the status shows quantiles of."""
 
@@ -66,10 +68,12 @@ class Metrics:
         self._stage[stage].observe(seconds)
         self.busy.add(stage, seconds)
 
-    def received(self, outcome: str, seconds: float) -> None:
-        """One receive call returned."""
+    def received(self, outcome: str, seconds: float, messages: int) -> None:
+        """One receive call returned; one that found nothing only waited, and was not busy."""
         self.sqs_requests.labels("receive", outcome).inc()
-        self.timed("receive", seconds)
+        self._stage["receive"].observe(seconds)
+        if messages:
+            self.busy.add("receive", seconds)
 
     def admitted(self, message: MessageTypeDef, now: float) -> None:
         """A message was received at ``now``, seconds since the epoch."""
@@ -143,6 +147,9 @@ class Busy:
             self._looked_at = now
             seconds, self._seconds = self._seconds, dict.fromkeys(STAGES, 0.0)
         for stage, work in seconds.items():
-            ratio = min(1.0, work / (elapsed * max(capacity[stage], 1.0)))
+            most = elapsed * max(capacity[stage], 1.0)
+            ratio = min(1.0, work / most)
+            if work > most:  # work longer than a look is counted when it ends: it was done before, and counts on
+                self.add(stage, min(work - most, CARRIED * most))
             self.ratios[stage] = round(0.7 * self.ratios[stage] + 0.3 * ratio, 4)  # smoothed over some seconds
         return self.ratios

@@ -112,6 +112,7 @@ function judge(status) {
   if (busy > 0.85 || waiting > 0.9 || (busy > 0.5 && waiting > 0.5)) {
     return found("warn", `${step} holds it back: ${percent(busy)} busy.`, advice(step, status), step, "holds it back");
   }
+  if (busy < 0.05) return found("good", "It keeps up with what arrives.", "Every step has room.");
   const hint = `With more to do, ${step} would be first (${percent(busy)} busy). ${advice(step, status)}`;
   return found("good", "It keeps up with what arrives.", hint, step, "busiest");
 }

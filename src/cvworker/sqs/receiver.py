@@ -42,7 +42,7 @@ class Receiver:
         threads: int,
         visibility: int,
         clock: Clock,
-        called: Callable[[str, float], None] = lambda _outcome, _seconds: None,
+        called: Callable[[str, float, int], None] = lambda _outcome, _seconds, _messages: None,
     ) -> None:
         self._queue = queue
         self._outbox = outbox
@@ -91,7 +91,7 @@ class Receiver:
         began = self._clock.monotonic()
         try:
             messages = self._queue.receive(room, self._visibility)
-            self._called("ok", self._clock.monotonic() - began)
+            self._called("ok", self._clock.monotonic() - began, len(messages))
             self._recovered()
             if messages:
                 self.last_message_at = self._clock.monotonic()
@@ -101,7 +101,7 @@ class Receiver:
             elif not self._stop.is_set():
                 self._busy.clear()
         except SQS_ERRORS as error:
-            self._called("error", self._clock.monotonic() - began)
+            self._called("error", self._clock.monotonic() - began, 0)
             self._back_off(error)
         finally:
             self._outbox.fill(jobs, room)

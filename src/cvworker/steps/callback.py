@@ -7,11 +7,13 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import aiohttp
 
 from cvworker.errors import CvworkerError, UrlNotAllowed
 from cvworker.retry_after import retry_after
+from cvworker.steps.hosts import Hosts
 
 if TYPE_CHECKING:
     from cvworker.clock import Clock
@@ -25,6 +27,10 @@ RETRY_IN_PLACE_S = 15.0
 MAX_RESPONSE_BYTES = 16 * 1024
 """Read of a response, so that its connection can be used again; more is cut off with the connection."""
 DRAIN_S = 1.0
+RESULT_WAIT_S = 120.0
+"""A result waits this long in memory for a host that fails, before SQS and another computation take over."""
+IN_HAND_ALONE, IN_HAND = 2, 16
+"""Answers on their way for each that can be under way, with one host and with several."""
 
 
 class CallbackRefused(CvworkerError):
@@ -59,53 +65,82 @@ class CallbackSender:
         self._signer = signer
         self._timeout = timeout
         self._clock = clock
-        self._under_way = asyncio.Semaphore(concurrency)
+        self._concurrency = concurrency
+        self.hosts = Hosts(lambda: concurrency, clock.monotonic)
         self._called = called
 
+    def in_hand_limit(self) -> int:
+        """How many answers may be on their way: with several hosts more than can be under way, so that those to one
+        that is paused or slow wait here, and the others pass them by."""
+        return (IN_HAND_ALONE if self.hosts.one_and_well() else IN_HAND) * self._concurrency
+
+    def crowded(self, url: str) -> bool:
+        """Whether an answer to ``url`` would only join a crowd: then the work for it had better wait, too."""
+        return self.hosts.crowded(host_of(url))
+
     async def post(self, url: str, webhook_id: str, body: bytes) -> Sent:
-        """Post ``body`` until it is accepted, as often as is worth it in place.
+        """Post ``body`` until it is accepted, as often and as long as is worth it in place.
 
         Raises:
             CallbackRefused: not accepted; UrlNotAllowed: this URL may not be called at all.
         """
-        for tries_left in range(TRIES - 1, -1, -1):
+        host = host_of(url)
+        if self.hosts.crowded(host):
+            raise CallbackRefused("too many answers wait for this host", self.hosts.paused_for(host))
+        with self.hosts.in_hand(host):
+            return await self._try(url, host, webhook_id, body)
+
+    async def _try(self, url: str, host: str, webhook_id: str, body: bytes) -> Sent:
+        give_up_at = self._clock.monotonic() + RESULT_WAIT_S
+        tries_left = TRIES
+        while True:
+            await self._until_resumed(host, give_up_at)
+            tries_left -= 1
             pause = RETRY_BASE_S * 2.0 ** (TRIES - 1 - tries_left) * random.uniform(0.5, 1.5)  # noqa: S311 - jitter
             try:
-                status, headers = await self._once(url, webhook_id, body)
+                async with self.hosts.slot(host):
+                    status, headers = await self._once(url, webhook_id, body)
             except (aiohttp.ClientError, OSError) as error:
+                self.hosts.failed(host)
                 if isinstance(error, TimeoutError) or not tries_left:
                     raise CallbackRefused(_what(error)) from None
             else:
+                passing = status == 429 or status >= 500
+                (self.hosts.failed if passing else self.hosts.succeeded)(host)
                 if 200 <= status < 300 or status == 410:
                     return Sent(status)
                 wished = retry_after(headers) if status in (429, 503) else None
                 pause = max(pause, wished or 0.0)
-                passing = status == 429 or status >= 500
                 if not passing or not tries_left or pause > RETRY_IN_PLACE_S:
                     raise CallbackRefused(f"HTTP {status}", wished or 0.0)
             await asyncio.sleep(pause)
-        raise AssertionError("the last try returns or raises")
+
+    async def _until_resumed(self, host: str, give_up_at: float) -> None:
+        """Let the result wait while its host is paused: computing it again would cost more than keeping it."""
+        while (paused := self.hosts.paused_for(host)) > 0:
+            if self._clock.monotonic() + paused > give_up_at:
+                raise CallbackRefused("the host fails again and again", paused)
+            await asyncio.sleep(paused * random.uniform(1.0, 1.2))  # noqa: S311 - jitter
 
     async def _once(self, url: str, webhook_id: str, body: bytes) -> tuple[int, Mapping[str, str]]:
         headers = {"webhook-id": webhook_id, "Content-Type": "application/json"}
-        async with self._under_way:
-            began = self._clock.monotonic()
-            if self._signer is not None:  # at each try: receivers refuse old timestamps
-                headers |= self._signer.headers(webhook_id, int(self._clock.wall()), body)
-            outcome = "error"
-            try:
-                async with self._session.post(url, data=body, headers=headers, timeout=self._timeout) as response:
-                    outcome = f"{response.status // 100}xx"
-                    await _drain(response)
-                    return response.status, response.headers
-            except UrlNotAllowed:
-                outcome = "refused"
-                raise
-            except TimeoutError:
-                outcome = "timeout"
-                raise
-            finally:
-                self._called(outcome, self._clock.monotonic() - began)
+        began = self._clock.monotonic()
+        if self._signer is not None:  # at each try: receivers refuse old timestamps
+            headers |= self._signer.headers(webhook_id, int(self._clock.wall()), body)
+        outcome = "error"
+        try:
+            async with self._session.post(url, data=body, headers=headers, timeout=self._timeout) as response:
+                outcome = f"{response.status // 100}xx"
+                await _drain(response)
+                return response.status, response.headers
+        except UrlNotAllowed:
+            outcome = "refused"
+            raise
+        except TimeoutError:
+            outcome = "timeout"
+            raise
+        finally:
+            self._called(outcome, self._clock.monotonic() - began)
 
 
 async def _drain(response: aiohttp.ClientResponse) -> None:
@@ -115,6 +150,11 @@ async def _drain(response: aiohttp.ClientResponse) -> None:
             await response.content.read(MAX_RESPONSE_BYTES)
     except (aiohttp.ClientError, OSError):
         pass
+
+
+def host_of(url: str) -> str:
+    """The part of a URL that fails or is slow as one: host and port."""
+    return urlsplit(url).netloc.lower()
 
 
 def _what(error: BaseException) -> str:
