@@ -6,13 +6,15 @@ import itertools
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import boto3
 import pytest
+from aiohttp import web
 from botocore.exceptions import ClientError
 
 from cvworker.clock import Clock
@@ -53,6 +55,20 @@ def eventually(condition: Callable[[], Any], what: str = "", timeout: float = 20
         assert time.monotonic() < until, f"not within {timeout:g} s: {what or condition}"
         time.sleep(0.005)
     return found
+
+
+@asynccontextmanager
+async def serving(handle: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]) -> AsyncIterator[str]:
+    """The URL of an HTTP server on 127.0.0.1, on the running loop."""
+    runner = web.ServerRunner(web.Server(handle, access_log=None), shutdown_timeout=0)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        host, port = runner.addresses[0][:2]
+        yield f"http://{host}:{port}"
+    finally:
+        await runner.cleanup()
 
 
 def throttled(operation: str = "Any") -> ClientError:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 import time
-from pathlib import Path
 
+import psutil
 from world import MODULES, World, poll
 
 SLOW = f"{MODULES / 'mean.py'}:Slow"
@@ -87,12 +87,35 @@ def test_a_worker_with_a_delayed_message_is_not_idle(fast_world: World) -> None:
     assert len(here.receiver.accepted) == 1
 
 
-def test_processes_of_a_killed_worker_end_with_it(fast_world: World, tmp_path: Path) -> None:
+def _family(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def test_processes_of_a_killed_worker_end_with_it(fast_world: World) -> None:
     worker = fast_world.worker("--preprocess-workers", "2").ready()
-    model = worker.status()["model"]["pid"]
-    assert Path(f"/proc/{model}").exists()
+    family = _family(worker.process.pid)
+    assert len(family) >= 4, "the model process, the fork server and two DataLoader processes"
     worker.kill()
-    poll(lambda: not Path(f"/proc/{model}").exists(), 15, "the model process ends")
+    poll(lambda: not any(each.is_running() for each in family), 15, "all of them end")
+
+
+def test_a_worker_that_stops_leaves_no_process_behind(fast_world: World) -> None:
+    worker = fast_world.worker("--preprocess-workers", "2").ready()
+    family = _family(worker.process.pid)
+    worker.signal()
+    assert worker.wait(20) == 0
+    poll(lambda: not any(each.is_running() for each in family), 5, "all of them end")
+
+
+def test_processes_of_a_killed_model_process_end_with_it(fast_world: World) -> None:
+    here = fast_world
+    worker = here.worker("--preprocess-workers", "2").ready()
+    model = psutil.Process(worker.status()["model"]["pid"])
+    family = model.children(recursive=True)
+    model.kill()
+    poll(lambda: not any(each.is_running() for each in family), 15, "all of them end")
+    here.send(here.request(1))
+    assert here.receiver.wait_for(1, 60), "a new one takes over"
 
 
 def test_stopping_while_sqs_is_unreachable_ends_inside_the_grace(moto_world: World) -> None:

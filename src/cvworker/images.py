@@ -81,13 +81,12 @@ def decode(
     ``max_pixels`` pixels, before any scaling; :class:`ImageInvalid` for damaged or truncated files. No damage are bytes
     after the end, spare bytes between the segments of a JPEG (cameras write them), broken EXIF and broken profiles.
     """
-    failure: JobError
     with memoryview(data).cast("B") as view:
         try:
             pixels, orientation = _decode(view, min_side or 0, max_pixels)
             return _upright(pixels, orientation, image_type)
         except JobError as error:
-            failure = type(error)(str(error))
+            failure: JobError = type(error)(str(error))
         except MemoryError:
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -154,7 +153,7 @@ def _read_jpeg_header(view: memoryview) -> tuple[int, int, int, int, bytes | Non
                 scans = bytes(view[at:]).count(b"\xff\xda")
             break
         at = after
-    if bits != 8:
+    if bits in (12, 16):
         raise ImageUnsupported(f"a JPEG of {bits} bits")
     whole = profile and len(profile) == profile[0][1]
     return width, height, components, scans, exif, b"".join(part[2:] for part in sorted(profile)) if whole else None
@@ -203,7 +202,7 @@ def _check_gif(view: memoryview, max_pixels: int) -> None:
 
 def _check_tiff(view: memoryview, max_pixels: int) -> None:
     """Size, also of the tiles, which are decoded whole; and nothing that Pillow and libtiff would read differently."""
-    entries = list(_directory(view))
+    entries = list(_directory(view))  # types 1, 3 and 4 are unsigned integers; 1, 2, 6 and 7 are bytes
     tags = {tag: value for tag, _, _, value in entries}
     sides, offsets = (IMAGEWIDTH, IMAGELENGTH, TILEWIDTH, TILELENGTH), (STRIPOFFSETS, TILEOFFSETS)
     if len(tags) < len(entries) or any(tag in sides and kind not in (1, 3, 4) for tag, kind, _, _ in entries):
@@ -267,7 +266,7 @@ def _to_rgb(image: Image.Image, png_bits: int) -> Image.Image:
 @functools.lru_cache(maxsize=16)  # making one takes milliseconds, and most images come with one of a few profiles
 def _to_srgb(icc: Any, mode: str) -> ImageCms.ImageCmsTransform | None:
     """What turns colours of this profile into sRGB, or None where nothing should: none, broken, as good as sRGB."""
-    if not icc or len(icc) > MAX_ICC_BYTES:
+    if not isinstance(icc, bytes) or len(icc) > MAX_ICC_BYTES:
         return None
     to = mode if mode == "RGBA" else "RGB"
     try:

@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
-import base64
-import json
-import os
-import secrets
-import signal
-import socket
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 from pydantic_settings import CliSuppress
 
-from cvworker.commands.demo_view import Report, Stand, View
-from cvworker.errors import StartupError, WorkerFailed
-from cvworker.settings import Settings, TextList, SecretList, how_to_set, unknown_variables
+from cvworker.settings import SecretList, Settings, TextList, unknown_variables
 
-KNOWN = "threat"
-"""The module whose classes the pictures are drawn from."""
-LOOK_S = 0.1
-"""Seconds between two looks at what has changed."""
-SETTLE_S = 15.0
-"""Seconds for the queue to be empty after the last answer."""
-GRACE_S = 5.0
-"""The worker's own grace: nothing of value is lost with this queue, and a stop waits for a poll as long as that."""
-OWN = ("queue_url", "callback_url", "callback_secret", "allowed_hosts", "allow_private_networks", "exit_when_idle")
+
+class DemoOptions(BaseModel):
+    """The options that only the demo has; as a second base they come first in the help."""
+
+    count: int = Field(200, ge=1, le=2000, description="Pictures")
+    seed: int = Field(0, ge=0, le=99, description="Another seed draws other pictures")
+    output: Path = Field(Path("cvworker-demo"), description="Folder for the contact sheet, requests, answers and log")
+    keep_serving: bool = Field(False, description="Leave the worker and its status page up until Ctrl-C")
+    patience: float = Field(120.0, gt=0, description="Give up when nothing moves for this long [seconds]")
+
+
+class Demo(Settings, DemoOptions):
+    """The whole job on this machine, with no AWS and no network: draw pictures of known content (and a few damaged
+    ones), serve them, enqueue a request for each on an SQS queue of the demo's own, start the worker that 'run' starts,
+    receive its signed callbacks, and compare what was answered with what was drawn.
+
+    The module is 'threat' with its demo weights unless --module says otherwise. Exit code 0: every picture was
+    answered exactly once, and every damaged one with the right error.
+
+    examples: cvworker demo
+
+              cvworker demo --keep-serving
+
+              cvworker demo --module my_model.py:MyModel --batch-size 16 --count 1000
+    """
+
+    # The demo brings its own of these. They may be set for the other commands, and are overruled.
+    queue_url: CliSuppress[str | None] = None
+    callback_url: CliSuppress[str | None] = None
+    callback_secret: CliSuppress[SecretList] = []
+    allowed_hosts: CliSuppress[TextList] = []
+    allow_private_networks: CliSuppress[bool] = False
+    exit_when_idle: CliSuppress[float | None] = None
+
+    def main(self) -> int:
+        from cvworker.embedded.demo import run
+
+        for line in unknown_variables(set(type(self).model_fields)):
+            print(f"note: {line}")
+        return run(self)

@@ -1,242 +1,277 @@
-"""The parts of ``cvworker demo``: its pictures, its worker, and what it makes of the answers."""
+"""``cvworker demo`` from the first picture drawn to the last line printed."""
 
 from __future__ import annotations
 
-import hmac
-import io
+import base64
 import json
 import os
-import subprocess
-import sys
-import urllib.request
+import secrets
+import shlex
+import signal
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-from PIL import Image
+from rich.console import Console
+from rich.markup import escape
 
-from cvworker.embedded import pictures
-from cvworker.embedded.receiver import Received
-from cvworker.embedded.sheet import Tile
-from cvworker.errors import ImageInvalid, ImageNotFound, ImageUnsupported, StartupError, WorkerFailed
-from cvworker.settings import PREFIX, Settings
+from cvworker.embedded.demo_view import Stand, View, report
+from cvworker.embedded.demo_worker import DemoWorker, environment, free_port
+from cvworker.embedded.exhibits import FLAWS, Exhibit, exhibit, flaws, label_rows, problems, tile
+from cvworker.embedded.image_host import ImageHost
+from cvworker.embedded.receiver import CallbackReceiver
+from cvworker.embedded.sheet import Summary, Tally, thumbnail, write_sheet
+from cvworker.embedded.sqs import DEAD_LETTER_SUFFIX, EmbeddedSqs
+from cvworker.errors import StartupError, WorkerFailed
+from cvworker.loading import check_spec
+from cvworker.send import read_requests, send
 from cvworker.signing import Signer
 
-SEEDS_APART = 10_000
-"""First seeds of two demos: the pictures of one are not among those of another."""
-EACH_FLAW = 60
-"""One in so many pictures is damaged in each way."""
-FLAWS = {"truncated": ImageInvalid.code, "not a picture": ImageUnsupported.code, "missing": ImageNotFound.code}
-"""What may be wrong with a picture on purpose, and the error code that must come back for it."""
-TURNED = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
-"""How a camera stores an upright picture, by the EXIF orientation that it then notes."""
-ORIENTATION = 0x0112
-FORMATS = {
-    "jpg": ("JPEG", "image/jpeg", {"quality": 88}),
-    "png": ("PNG", "image/png", {"compress_level": 1}),
-    "webp": ("WEBP", "image/webp", {"method": 0, "quality": 85}),
-}
-OFTEN_JPEG = ("jpg", "jpg", "jpg", "png", "webp")
-STOP_S, STOP_NOW_S = 4.0, 2.0
-"""Seconds that the worker gets to stop in order, and then to end at all."""
-ASK_S = 2.0
-NAMED = 5
-"""Pictures that a problem names; the rest are counted."""
+if TYPE_CHECKING:
+    from cvworker.commands.demo import Demo
+
+KNOWN = "threat"
+"""The module whose classes are what the pictures show, and the default."""
+QUEUE = "images"
+LOOK_S = 0.1
+"""Between two looks at what has changed."""
+SETTLE_S = 15.0
+"""For the queue to be empty after the last answer."""
+COUNTS = ("", "NotVisible", "Delayed")
+"""Of ``ApproximateNumberOfMessages…``: together every message of a queue."""
+FOR_SEND = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 
-@dataclass(frozen=True, slots=True)
-class Exhibit:
-    """One picture as the image host serves it, and what is known of it.
+def run(demo: Demo) -> int:
+    """Run it; the exit code. Raises KeyboardInterrupt, and what ends it early, once nothing of it is left."""
+    check_spec(demo.module or KNOWN)
+    folder = _folder(demo.output)
+    with Interrupts() as interrupts, ExitStack() as stack:
+        return _Run(demo, folder, interrupts, stack).main()
 
-    ``body`` is None where the host has no such picture; ``flaw``, a key of ``FLAWS``, is None where nothing is wrong.
+
+class Interrupts:
+    """Ctrl-C, SIGTERM and a closed terminal, noted at once and heeded where nothing is left half done.
+
+    A KeyboardInterrupt might come between the start of a process and the line that remembers to end it.
     """
 
-    name: str
-    body: bytes | None
-    content_type: str
-    labels: tuple[str, ...]
-    flaw: str | None
-
-
-def flaws(seed: int, count: int) -> dict[int, str]:
-    """Which of ``count`` pictures are damaged, and how: a few of each kind, and none where there are only a few."""
-    each = max(1, count // EACH_FLAW)
-    kinds = [kind for kind in FLAWS for _ in range(each)]
-    if count < 2 * len(kinds):
-        return {}
-    numbers = np.random.default_rng(seed).permutation(count)[: len(kinds)]
-    return dict(zip(numbers.tolist(), kinds, strict=True))
-
-
-def exhibit(seed: int, number: int, flaw: str | None) -> Exhibit:
-    """Draw picture ``number`` of the demo ``seed``, and encode it as one of several formats, some turned."""
-    if flaw == "missing":
-        return Exhibit(f"{number:04}.jpg", None, "", (), flaw)
-    if flaw == "not a picture":
-        return Exhibit(f"{number:04}.jpg", b"Text, whatever its name says.\n" * 40, "image/jpeg", (), flaw)
-    rng = np.random.default_rng([seed, number])
-    drawn = pictures.draw(seed * SEEDS_APART + number)
-    suffix = "jpg" if flaw else str(rng.choice(OFTEN_JPEG))
-    kind, content_type, options = FORMATS[suffix]
-    image, exif, file = drawn.image, Image.Exif(), io.BytesIO()
-    if suffix == "jpg" and rng.random() < 0.3:
-        exif[ORIENTATION] = turn = int(rng.choice(list(TURNED)))
-        image = image.transpose(TURNED[turn])
-    image.save(file, kind, exif=exif, **options)
-    body = file.getvalue()
-    if flaw == "truncated":
-        body = body[: len(body) * 6 // 10]
-    return Exhibit(f"{number:04}.{suffix}", body, content_type, tuple(sorted(drawn.labels)), flaw)
-
-
-def worker_environment(settings: Settings, forced: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment, with what the user has set by whatever way as variables, and ``forced`` on top.
-
-    Variables win over the ``.env`` that the worker reads too; it gets no other ``CVWORKER_`` variables than these.
-    """
-    given = settings.model_dump(mode="json", include=settings.model_fields_set & Settings.model_fields.keys())
-    values = {
-        name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items() if value is not None
-    }
-    own = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-    return {**own, **{PREFIX + name.upper(): value for name, value in {**values, **forced}.items()}}
-
-
-class DemoWorker:
-    """``cvworker run`` as a process of its own, with its log in a file.
-
-    It is in a process group of its own: Ctrl-C at a terminal reaches every process of the group, and a worker that is
-    told to stop twice does not stop in order.
-    """
-
-    def __init__(self, environment: Mapping[str, str], *, log: Path, url: str) -> None:
-        self._log = log
-        self._url = url
-        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # no proxy knows this host
-        with log.open("w") as file:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "cvworker", "run"],
-                env=dict(environment),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                process_group=0,
-            )
+    def __init__(self) -> None:
+        self.noted = False
+        self._before: dict[int, Any] = {}
 
     def check(self) -> None:
-        """Raises :class:`StartupError` or :class:`WorkerFailed`, with what it said, once it has ended by itself."""
-        code = self._process.poll()
-        if code is None:
-            return
-        lines = self._log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-        said = lines[-1].removeprefix("cvworker run: ")
-        if code == 2:
-            raise StartupError(f"{said} (the worker's log: {self._log})")
-        raise WorkerFailed(f"the worker ended with exit code {code}: {said} (its log: {self._log})")
+        """Raises KeyboardInterrupt if there was one."""
+        if self.noted:
+            raise KeyboardInterrupt
 
-    def ready(self) -> dict[str, Any] | None:
-        """What it says of its model; None until it can work."""
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's & have it
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, _number: int, _frame: object) -> None:
+        self.noted = True
+
+
+class _Stalled(WorkerFailed):
+    """Nothing moved for as long as the user wants to wait."""
+
+
+class _Run:
+    """One demo; ``stack`` ends whatever it starts."""
+
+    def __init__(self, demo: Demo, folder: Path, interrupts: Interrupts, stack: ExitStack) -> None:
+        self.demo, self.folder, self.interrupts, self.stack = demo, folder, interrupts, stack
+        self.secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
+        self.log = folder / "worker.log"
+        self.sqs = EmbeddedSqs()
+        stack.callback(self.sqs.close)
+        self.images = stack.enter_context(ImageHost())
+        self.receiver = stack.enter_context(CallbackReceiver())
+        self.answers_url = f"{self.receiver.url}/answers"
+        self.pool = ThreadPoolExecutor((os.cpu_count() or 1) + 1)  # one waits for the queue's process, the others draw
+        stack.callback(self.pool.shutdown, cancel_futures=True)
+        self.worker: DemoWorker | None = None
+        self.failures: list[str] = []
+        self.console = Console(highlight=False)
+        self.stand = Stand(demo.count)
+        self.view = View(self.console, demo.count)
+
+    def main(self) -> int:
+        self._say(
+            f"[bold]cvworker demo[/]: {self.demo.count} pictures by way of a queue, an image host and a callback "
+            "receiver on this machine"
+        )
+        with self.view:
+            exhibits, queue_url, worker = self._prepare()
+            seconds = self._exchange(exhibits, queue_url)
+        self._settle(queue_url)
+        if not self.demo.keep_serving:
+            worker.ask_to_stop()  # it does so while the contact sheet is made
+        self._report(exhibits, seconds)
+        if self.demo.keep_serving:
+            self._serve(worker, queue_url)
+        return 1 if self.failures else 0
+
+    def _prepare(self) -> tuple[list[Exhibit], str, DemoWorker]:
+        """Draw the pictures while the queue and then the worker start."""
+        flawed = flaws(self.demo.seed, self.demo.count)
+        opening = self.pool.submit(self._open_queue)
+        drawing = [self.pool.submit(exhibit, self.demo.seed, n, flawed.get(n)) for n in range(self.demo.count)]
+
+        def drawn() -> bool:
+            self.stand.drawn = sum(each.done() for each in drawing)
+            return self.stand.drawn == self.demo.count
+
+        self._until(lambda: (drawn(), opening.done())[1], "the queue started")
+        queue_url = opening.result()
+        worker = self.worker = self._start_worker(queue_url)
+        self.stack.callback(worker.close)
+        self._until(lambda: (drawn(), self._is_ready(worker))[1], "the worker started")
+        self._until(drawn, "pictures were drawn")
+        exhibits = [each.result() for each in drawing]
+        for each in exhibits:
+            if each.body is not None:
+                self.images.add(each.name, each.body, each.content_type)
+        return exhibits, queue_url, worker
+
+    def _open_queue(self) -> str:
+        self.sqs.start()
+        return self.sqs.create_queue(QUEUE)
+
+    def _start_worker(self, queue_url: str) -> DemoWorker:
+        s = self.demo
+        port = s.http_port if "http_port" in s.model_fields_set and s.http_port else free_port()
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(s.http_host, s.http_host)  # noqa: S104 - a comparison
+        hosts = [server.url.removeprefix("http://") for server in (self.images, self.receiver)]
+        forced = {
+            "module": s.module or KNOWN,
+            "queue_url": queue_url,
+            "callback_url": self.answers_url,
+            "callback_secret": self.secret,
+            "allowed_hosts": ",".join(hosts),
+            "allow_private_networks": "false",
+            "http_port": str(port),
+        }
+        variables = environment(s, forced) | self.sqs.environment()
+        return DemoWorker(variables, log=self.log, url=f"http://{host}:{port}/")
+
+    def _is_ready(self, worker: DemoWorker) -> bool:
+        if model := worker.ready():
+            self.stand.ready = f"{model['module']} on {model['device']}, {model['precision']}"
+        return bool(model)
+
+    def _exchange(self, exhibits: Sequence[Exhibit], queue_url: str) -> float:
+        """Enqueue a request for each picture, by the code of ``send``, and wait for the answers; seconds it took."""
+        requests = self.folder / "requests.jsonl"
+        with requests.open("w") as file:
+            for each in exhibits:
+                url = self.images.url_of(each.name)
+                print(json.dumps({"id": each.name, "image_url": url, "callback_url": self.answers_url}), file=file)
+        self.stand.sending, began = True, time.monotonic()
+        sending = self.pool.submit(send, self.sqs.client(), queue_url, read_requests(str(requests)))
+
+        def answered() -> bool:
+            self.stand.answered = len(self.receiver.answers)
+            self.stand.rate = self.stand.answered / (time.monotonic() - began)
+            if sending.done() and (failures := sending.result().failures):
+                raise WorkerFailed(f"the queue did not take {failures[0].where}: {failures[0].message}")
+            return self.stand.answered >= self.demo.count
+
         try:
-            with self._open(f"{self._url}readyz", timeout=ASK_S):
-                pass
-            with self._open(f"{self._url}status.json", timeout=ASK_S) as response:
-                return dict(json.load(response)["model"])
-        except (OSError, ValueError):  # nobody there yet, or 503
-            return None
+            self._until(answered, "answers were awaited")
+        except _Stalled as stalled:
+            self.failures.append(str(stalled))
+        return max((each.monotonic for each in self.receiver.accepted), default=began) - began
 
-    def ask_to_stop(self) -> None:
-        self._process.terminate()
+    def _settle(self, queue_url: str) -> None:
+        """Wait until what was answered is deleted, which the worker does some at a time."""
+        until = time.monotonic() + SETTLE_S
+        while (left := self._left_in(queue_url)) and time.monotonic() < until and not self.failures:
+            self.interrupts.check()
+            time.sleep(LOOK_S)
+        if left:
+            self.failures.append(f"{left} messages are left in the queue or its dead-letter queue")
 
-    def close(self) -> None:
-        """End it: in order if that is quick, else by force. Harmless where it has ended."""
-        for end, seconds in (
-            (self._process.terminate, STOP_S),
-            (self._process.terminate, STOP_NOW_S),
-            (self._process.kill, None),
-        ):
-            end()
-            try:
-                self._process.wait(seconds)
-                return
-            except subprocess.TimeoutExpired:
-                pass
+    def _left_in(self, queue_url: str) -> int:
+        names: Any = [f"ApproximateNumberOfMessages{which}" for which in COUNTS]
+        counts = (
+            self.sqs.client().get_queue_attributes(QueueUrl=url, AttributeNames=names)["Attributes"].values()
+            for url in (queue_url, queue_url + DEAD_LETTER_SUFFIX)
+        )
+        return sum(int(count) for each in counts for count in each)
 
+    def _report(self, exhibits: Sequence[Exhibit], seconds: float) -> None:
+        """Judge the answers, write the contact sheet and print the table."""
+        accepted, answers = self.receiver.accepted, self.receiver.answers
+        (self.folder / "answers.jsonl").write_bytes(b"".join(each.body + b"\n" for each in accepted))
+        self.failures += problems(exhibits, accepted, Signer([self.secret]))
+        known = self.demo.module in (None, KNOWN)
+        small = self.pool.map(lambda each: thumbnail(each.body) if each.body else None, exhibits)
+        tiles = [tile(e, image, answers.get(e.name), known=known) for e, image in zip(exhibits, small, strict=True)]
+        summary = Summary(
+            "cvworker demo",
+            f"{self.stand.ready}; a queue, an image host and a callback receiver on one machine",
+            seconds,
+            notes=self.failures,
+        )
+        sheet = write_sheet(self.folder / "contact-sheet.html", summary, tiles)
+        self.interrupts.check()
+        expected = Counter(FLAWS[each.flaw] for each in exhibits if each.flaw)
+        rows = list(label_rows(exhibits, answers)) if known else []
+        self.console.print(report(Tally.of(tiles), rows, expected, seconds))
+        for failure in self.failures:
+            self._say(f"[red]✗[/] {escape(failure)}")
+        if self.failures:
+            self._say(f"  the worker's log: {escape(str(self.log))}")
+        else:
+            self._say("[green]✓[/] every picture was answered exactly once, every answer signed; the queue is empty")
+        self._say(f"contact sheet: [link={sheet.as_uri()}]{escape(str(sheet))}[/link]")
 
-def genuine(received: Received, signer: Signer) -> bool:
-    """Whether the answer carries the signature that ``signer`` makes, as a receiver must find out."""
-    stamp, signature = (received.headers.get(f"webhook-{name}", "") for name in ("timestamp", "signature"))
-    if not (stamp.isdecimal() and received.webhook_id):
-        return False
-    expected = signer.headers(received.webhook_id, int(stamp), received.body)["webhook-signature"]
-    return hmac.compare_digest(expected.encode(), signature.encode())
+    def _serve(self, worker: DemoWorker, queue_url: str) -> None:
+        """Leave everything up until Ctrl-C."""
+        variables = " ".join(f"{n}={value}" for n, value in self.sqs.environment().items() if n in FOR_SEND)
+        requests = shlex.quote(str(self.folder / "requests.jsonl"))
+        self._say(f"status page:   [link={worker.url}]{worker.url}[/link] until Ctrl-C; to send the requests again:")
+        self._say(f"  {variables} cvworker send {escape(requests)} --queue-url {queue_url}")
+        while not self.interrupts.noted:
+            worker.check()
+            time.sleep(LOOK_S)
 
+    def _until(self, done: Callable[[], object], meanwhile: str) -> None:
+        """Wait, showing how far it is. Raises what ends the demo early: a signal, the worker's end, no progress."""
+        progress, moved_at = self.stand.progress, time.monotonic()
+        while not done():
+            self.interrupts.check()
+            if self.worker is not None:
+                self.worker.check()
+            if self.stand.progress != progress:
+                progress, moved_at = self.stand.progress, time.monotonic()
+            elif time.monotonic() - moved_at > self.demo.patience:
+                raise _Stalled(f"nothing moved for {self.demo.patience:g} s while {meanwhile}")
+            self.view.show(self.stand)
+            time.sleep(LOOK_S)
+        self.view.show(self.stand)
 
-def found_in(answer: Mapping[str, Any] | None) -> frozenset[str] | None:
-    """The labels in an answer of the threat classifier; None where it is none, or an error."""
-    if answer is None or answer["status"] != "ok":
-        return None
-    return frozenset(entry["label"] for entry in answer["result"]["labels"])
-
-
-def error_in(answer: Mapping[str, Any]) -> str | None:
-    return None if answer["status"] == "ok" else str(answer["error"]["code"])
-
-
-def tile(shown: Exhibit, thumbnail: bytes | None, answer: Mapping[str, Any] | None, *, known: bool) -> Tile:
-    """The picture as the contact sheet shows it; where the content is not ``known``, nothing is right or wrong."""
-    if shown.flaw:
-        right = None if answer is None else error_in(answer) == FLAWS[shown.flaw]
-        return Tile(shown.name, thumbnail, [f"{shown.flaw} on purpose"], answer, right if known else None)
-    found = found_in(answer) if known else None
-    return Tile(shown.name, thumbnail, shown.labels, answer, None if found is None else found == set(shown.labels))
-
-
-@dataclass(frozen=True, slots=True)
-class LabelRow:
-    """How often a label was answered, rightly and wrongly, and how often it should have been and was not."""
-
-    label: str
-    answers: int
-    right: int
-    wrong: int
-    missed: int
-
-
-def label_rows(exhibits: Sequence[Exhibit], answers: Mapping[str, Mapping[str, Any]]) -> Iterator[LabelRow]:
-    """One row for each threat, and one for pictures without any; those that were answered with an error are left out."""
-    pairs = [(set(each.labels), found_in(answers.get(each.name))) for each in exhibits if not each.flaw]
-    sets = [(known or {"safe"}, found or {"safe"}) for known, found in pairs if found is not None]
-    for label in [*pictures.THREATS, "safe"]:
-        right = sum(label in known and label in found for known, found in sets)
-        wrong = sum(label not in known and label in found for known, found in sets)
-        missed = sum(label in known and label not in found for known, found in sets)
-        yield LabelRow(label, right + wrong, right, wrong, missed)
-
-
-def problems(exhibits: Sequence[Exhibit], received: Iterable[Received], signer: Signer) -> Iterator[str]:
-    """What is missing until every picture is answered exactly once, signed, and as it deserves: a line each."""
-    accepted = list(received)
-    times = Counter(each.id for each in accepted)
-    answers = {each.id: each.json for each in accepted}
-    yield from _about("not answered", [each.name for each in exhibits if each.name not in times])
-    yield from _about("answered more than once", [each.name for each in exhibits if times[each.name] > 1])
-    yield from _about("not asked for", [str(name) for name in times.keys() - {each.name for each in exhibits}])
-    yield from _about("not signed as it should be", [str(each.id) for each in accepted if not genuine(each, signer)])
-    unexpected: dict[str, list[str]] = {}
-    for each in exhibits:
-        expected = FLAWS[each.flaw] if each.flaw else None
-        if each.name in answers and (code := error_in(answers[each.name])) != expected:
-            text = f"answered with {code or 'a result'} instead of {expected or 'a result'}"
-            unexpected.setdefault(text, []).append(each.name)
-    for text, names in unexpected.items():
-        why = answers[names[0]].get("error", {}).get("message")
-        yield from (f"{line} ({why})" if why else line for line in _about(text, names))
+    def _say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)
 
 
-def _about(what: str, names: Sequence[str]) -> Iterator[str]:
-    if names:
-        rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        yield f"{len(names)} {what}: {', '.join(names[:NAMED])}{rest}"
+def _folder(path: Path) -> Path:
+    """The folder for what the demo writes, which is there from now on."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "worker.log").touch()
+    except OSError as error:
+        raise StartupError(f"output: cannot write to {path} ({error.strerror}); choose another with --output") from None
+    return path.resolve()

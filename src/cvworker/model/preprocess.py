@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import mmap
+import multiprocessing
 import os
 import signal
 import socket
@@ -179,6 +180,15 @@ def start_worker(_worker_id: int) -> None:
     """What each DataLoader process does first: a stop is told by the inlet's end, not by the terminal's Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_model_process, name="parent", daemon=True).start()
+
+
+def _end_with_the_model_process() -> None:
+    """The fork server and its children keep each other alive: neither would notice that the model process is gone."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def describe(error: BaseException) -> str:

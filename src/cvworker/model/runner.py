@@ -90,9 +90,10 @@ class Runner:
             began = time.perf_counter()
             results = self._process(staged.batch, len(staged.samples))
             took = (time.perf_counter() - began) * 1000
-            return [_encoded(sample, took, result) for sample, result in zip(staged.samples, results, strict=True)], None
         except Exception as error:  # process is the module's
             return [], _noted(staged.samples, error)
+        done = [_encoded(sample, took, result) for sample, result in zip(staged.samples, results, strict=True)]
+        return done, None
 
     def trial(self, samples: list[Sample]) -> list[Done]:
         """As :meth:`stage` and :meth:`run`, but what the module raises comes out: for warm-up and checks."""
@@ -121,7 +122,9 @@ class Runner:
         if len(samples) == 1:
             failure = error if isinstance(error, ProcessFailed) else ProcessFailed(describe(error))
             return [Done(samples[0], 0.0, error=failure)]
-        log.warning("process failed for a batch; its samples are tried one by one", batch=len(samples), error=describe(error))
+        log.warning(
+            "process failed for a batch; its samples are tried one by one", batch=len(samples), error=describe(error)
+        )
         return [done for sample in samples for done in self.run(self.stage([sample]))]
 
     def _halve(self, samples: list[Sample], error: Exception) -> list[Done]:

@@ -127,20 +127,21 @@ class CallbackSender:
         began = self._clock.monotonic()
         if self._signer is not None:  # at each try: receivers refuse old timestamps
             headers |= self._signer.headers(webhook_id, int(self._clock.wall()), body)
-        outcome = "error"
+        outcome, answered = "error", None
         try:
             async with self._session.post(url, data=body, headers=headers, timeout=self._timeout) as response:
-                outcome = f"{response.status // 100}xx"
+                outcome, answered = f"{response.status // 100}xx", (response.status, response.headers)
                 await _drain(response)
-                return response.status, response.headers
         except UrlNotAllowed:
             outcome = "refused"
             raise
-        except TimeoutError:
-            outcome = "timeout"
-            raise
+        except (aiohttp.ClientError, OSError) as error:
+            if answered is None:
+                outcome = "timeout" if isinstance(error, TimeoutError) else outcome
+                raise
         finally:
             self._called(outcome, self._clock.monotonic() - began)
+        return answered
 
 
 async def _drain(response: aiohttp.ClientResponse) -> None:

@@ -82,8 +82,18 @@ class Hosts:
     async def slot(self, name: str) -> AsyncIterator[None]:
         """Wait for this host's turn, and hold it for the block."""
         host = self._host(name)
-        if host.closed_until:
-            host.probing = True  # the one that finds out whether it is back
+        probe = host.probing = bool(host.closed_until)  # the one that finds out whether it is back
+        try:
+            await self._turn(host)
+            try:
+                yield
+            finally:
+                self._leave(host)
+        finally:
+            if probe:  # whatever came of it: one that says nothing of the host leaves the next to find out
+                host.probing = False
+
+    async def _turn(self, host: _Host) -> None:
         if host.waiting or not self._may(host):
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             host.waiting.append(turn)
@@ -99,10 +109,6 @@ class Hosts:
                 raise
         else:
             self._enter(host)
-        try:
-            yield
-        finally:
-            self._leave(host)
 
     def succeeded(self, name: str) -> None:
         """The host answered as a host that is well."""

@@ -1,0 +1,116 @@
+"""The worker of ``cvworker demo``: the one that ``cvworker run`` starts, as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cvworker.errors import StartupError, WorkerFailed
+from cvworker.loading import DEMO, installed
+from cvworker.settings import PREFIX, Settings
+
+GRACE_S = 5.0
+"""The worker's ``shutdown_grace`` unless the user sets one: a stop waits for a poll, which takes 0.4 times as long."""
+STOP_S, STOP_NOW_S = 4.0, 2.0
+"""How long the worker may take to stop in order, and then to end at all."""
+ASK_S = 2.0
+A_DAY_S = 86_400.0
+OWN_PACKAGE = "cvworker."
+
+
+def environment(settings: Settings, forced: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment, in which what the user set, by whatever way, are variables; ``forced`` overrules it.
+
+    The worker reads the user's ``.env`` too, but variables win over that. It gets no other ``CVWORKER_`` variables.
+    """
+    given = settings.model_dump(mode="json", include=settings.model_fields_set & Settings.model_fields.keys())
+    values = {name: v if isinstance(v, str) else json.dumps(v) for name, v in given.items() if v is not None}
+    if "weights" not in values and _has_weights(forced["module"]):
+        values["weights"] = DEMO
+    values.setdefault("shutdown_grace", str(GRACE_S))
+    if "exit_when_idle" in values:  # it is idle while pictures are drawn
+        values["exit_when_idle"] = str(A_DAY_S)
+    own = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    return {**own, **{PREFIX + name.upper(): value for name, value in {**values, **forced}.items()}}
+
+
+def _has_weights(module: str) -> bool:
+    """Whether the module is one of cvworker's own, which come with weights for demos."""
+    entry = installed().get(module)
+    return entry is not None and entry.module.startswith(OWN_PACKAGE)
+
+
+def free_port() -> int:
+    """A port that nobody has just now: the worker is asked at it, and its log need not say which it picked."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+class DemoWorker:
+    """``cvworker run`` with its output in the file ``log`` and its endpoints at ``url``.
+
+    It is in a process group of its own: Ctrl-C at a terminal reaches every process of the group, and a worker that is
+    told to stop twice does not stop in order.
+    """
+
+    def __init__(self, environment: Mapping[str, str], *, log: Path, url: str) -> None:
+        self.url = url
+        self._log = log
+        self._asked = False
+        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # a proxy knows no such host
+        with log.open("w") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "cvworker", "run"],
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                process_group=0,
+            )
+
+    def check(self) -> None:
+        """Raises :class:`StartupError` or :class:`WorkerFailed`, with what it said last, once it has ended."""
+        code = self._process.poll()
+        if code is None:
+            return
+        said = (self._log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+        if code == 2:
+            raise StartupError(f"{said.removeprefix('cvworker run: ')} (the worker's log: {self._log})")
+        raise WorkerFailed(f"the worker ended with exit code {code}; its log: {self._log}")
+
+    def ready(self) -> dict[str, Any] | None:
+        """What its status says of the model; None until it can work."""
+        try:
+            with self._open(f"{self.url}readyz", timeout=ASK_S):
+                pass
+            with self._open(f"{self.url}status.json", timeout=ASK_S) as response:
+                return dict(json.load(response)["model"])
+        except (OSError, ValueError):  # nobody there yet, or a 503
+            return None
+
+    def ask_to_stop(self) -> None:
+        """Begin its stop in order, without waiting for the end; asked twice it would end at once."""
+        if not self._asked:
+            self._asked = True
+            self._process.terminate()
+
+    def close(self) -> None:
+        """End it: in order if that is quick, else by force. Harmless where it has ended."""
+        for end, seconds in (
+            (self.ask_to_stop, STOP_S),
+            (self._process.terminate, STOP_NOW_S),
+            (self._process.kill, None),
+        ):
+            end()
+            try:
+                self._process.wait(seconds)
+                return
+            except subprocess.TimeoutExpired:
+                pass
