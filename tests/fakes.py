@@ -60,7 +60,7 @@ def eventually(condition: Callable[[], Any], what: str = "", timeout: float = 20
 @asynccontextmanager
 async def serving(handle: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]) -> AsyncIterator[str]:
     """The URL of an HTTP server on 127.0.0.1, on the running loop."""
-    runner = web.ServerRunner(web.Server(handle, access_log=None), shutdown_timeout=0)
+    runner = web.ServerRunner(web.Server(handle, access_log=None), shutdown_timeout=0.1)
     await runner.setup()
     try:
         site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -362,7 +362,7 @@ def damaged() -> dict[str, bytes]:
 def foreign() -> dict[str, bytes]:
     """Not of an accepted format, though Pillow would open most."""
     image = picture()
-    kinds = ("DDS", "EPS", "ICNS", "ICO", "IM", "JPEG2000", "PCX", "PDF", "PPM", "QOI", "SGI", "TGA")
+    kinds = ("DDS", "EPS", "ICNS", "ICO", "JPEG2000", "PCX", "PDF", "PPM", "QOI", "SGI", "TGA")
     files = {kind.lower(): encode(image, kind) for kind in kinds}
     return files | {
         "nothing": b"",

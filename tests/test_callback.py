@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import pytest
 from aiohttp import web
-from standardwebhooks import Webhook
 
 from cvworker.errors import UrlNotAllowed
 from cvworker.net import AddressGuard, GuardedSession
@@ -50,8 +48,9 @@ class Pauses(list[float]):
         turn = asyncio.sleep
 
         async def sleep(seconds: float) -> None:
-            self.append(seconds)
-            clock.advance(seconds)
+            if seconds > 0:
+                self.append(seconds)
+                clock.advance(seconds)
             await turn(0)
 
         monkeypatch.setattr(callback.asyncio, "sleep", sleep)
@@ -245,11 +244,9 @@ def test_each_try_is_signed_anew_under_the_same_id(clock: StepClock, pauses: Pau
     assert stamps[0] == int(EPOCH + 1000)
     assert stamps[0] < stamps[2]
     assert {headers["webhook-id"] for _, headers, _ in host.requests} == {"m1"}
-    _, headers, body = host.requests[2]
-    # the library refuses stamps that are not of today, so only its signing is used
-    signed = Webhook(SECRET)._sign if hasattr(Webhook(SECRET), "_sign") else None
-    assert headers["webhook-signature"] == Signer([SECRET]).headers("m1", stamps[2], body)["webhook-signature"]
-    assert signed is None or json.loads(body) == {"id": "mine"}
+    for _, headers, body in host.requests:
+        signed = Signer([SECRET]).headers("m1", int(headers["webhook-timestamp"]), body)
+        assert headers["webhook-signature"] == signed["webhook-signature"]
 
 
 def test_no_more_are_under_way_than_the_concurrency_allows(clock: StepClock) -> None:
@@ -266,10 +263,10 @@ def test_no_more_are_under_way_than_the_concurrency_allows(clock: StepClock) -> 
         return web.Response()
 
     async def many(sender: CallbackSender, url: str) -> list[Sent]:
-        return await asyncio.gather(*(sender.post(url, f"m{n}", BODY) for n in range(3)))
+        return await asyncio.gather(*(sender.post(url, f"m{n}", BODY) for n in range(7)))
 
     host = Host(count)
-    assert talk(host, clock, many, concurrency=3) == [Sent(200)] * 3
+    assert talk(host, clock, many, concurrency=3) == [Sent(200)] * 7
     assert most == 3
 
 
@@ -283,7 +280,7 @@ def test_a_dead_host_is_left_alone_and_comes_back(clock: StepClock, pauses: Paus
         assert not sender.hosts.paused()
 
     talk(host, clock, three)
-    assert max(pauses) >= FIRST_PAUSE_S
+    assert sum(pauses[TRIES - 1 :]) >= FIRST_PAUSE_S, "between the last failure and the probe"
     assert len(host.requests) == OPENS_AFTER + 1
 
 

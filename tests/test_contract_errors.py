@@ -94,7 +94,7 @@ OK = [
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+def case(tmp_path_factory: pytest.TempPathFactory, guarded: Any) -> Iterator[SimpleNamespace]:
     """One worker with short limits, at which every case was sent before it began."""
     folder = tmp_path_factory.mktemp("errors")
     save_file({"weight": torch.ones(3)}, folder / "weights.safetensors")

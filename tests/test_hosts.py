@@ -32,7 +32,8 @@ def test_one_host_alone_may_use_every_slot() -> None:
 
 def test_a_host_gets_no_more_than_half_while_another_wants_some() -> None:
     async def main() -> None:
-        hosts = Hosts(lambda: 4, Stepped())
+        clock = Stepped()
+        hosts = Hosts(lambda: 4, clock)
         under_way: list[str] = []
         hold = {name: asyncio.Event() for name in "ab"}
 
@@ -58,11 +59,41 @@ def test_a_host_gets_no_more_than_half_while_another_wants_some() -> None:
             task.cancel()
         await asyncio.gather(*slow, return_exceptions=True)
         # and everything is given back
+        clock.now += 1000
         async with AsyncExitStack() as stack:
             for _ in range(4):
                 await asyncio.wait_for(stack.enter_async_context(hosts.slot("c")), 1)
 
     asyncio.run(main())
+
+
+def test_a_slow_host_never_takes_the_half_that_another_used_a_moment_ago() -> None:
+    async def main() -> None:
+        clock = Stepped()
+        hosts = Hosts(lambda: 4, clock)
+        # given a quick host that has nothing under way just now, and a slow one with many
+        async with hosts.slot("quick"):
+            pass
+        slow = [asyncio.create_task(_hold(hosts, "slow")) for _ in range(8)]
+        await _settle()
+        # then there is room at once for the quick one
+        async with asyncio.timeout(1), hosts.slot("quick"):
+            pass
+        # and when the quick one has not been seen for long, the slow one may use everything
+        clock.now += 1000
+        for task in slow:
+            task.cancel()
+        await asyncio.gather(*slow, return_exceptions=True)
+        async with AsyncExitStack() as stack:
+            for _ in range(4):
+                await asyncio.wait_for(stack.enter_async_context(hosts.slot("slow")), 1)
+
+    asyncio.run(main())
+
+
+async def _hold(hosts: Hosts, name: str) -> None:
+    async with hosts.slot(name):
+        await asyncio.Event().wait()
 
 
 def test_a_host_that_fails_again_and_again_is_left_alone_for_growing_pauses_with_one_probe_between() -> None:

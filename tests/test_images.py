@@ -558,9 +558,8 @@ def test_an_image_at_the_limit_takes_18_bytes_a_pixel_at_most() -> None:
         "avif-alpha": encode(rgba, "AVIF", speed=10, subsampling="4:4:4"),
     }
     print(json.dumps({
-        f"{name}-{image_type}": [len(data), *peak(data, image_type=image_type, max_pixels=width * height)]
-        for name, data in files.items()
-        for image_type in ("tensor", "pil")
+        name: [len(data), *peak(data, image_type=image_type, max_pixels=width * height)]
+        for (name, data), image_type in zip(files.items(), ["tensor", "pil"] * len(files))
     }))
     """
     )

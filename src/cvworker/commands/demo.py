@@ -25,8 +25,8 @@ class Demo(Settings, DemoOptions):
     ones), serve them, enqueue a request for each on an SQS queue of the demo's own, start the worker that 'run' starts,
     receive its signed callbacks, and compare what was answered with what was drawn.
 
-    The module is 'threat' with its demo weights unless --module says otherwise. Exit code 0: every picture was
-    answered exactly once, and every damaged one with the right error.
+    The module is 'threat' with its demo weights unless --module says otherwise; options that other commands have too
+    are the worker's. Exit code 0: every picture was answered exactly once, every damaged one with the right error.
 
     examples: cvworker demo
 
@@ -34,6 +34,11 @@ class Demo(Settings, DemoOptions):
 
               cvworker demo --module my_model.py:MyModel --batch-size 16 --count 1000
     """
+
+    module: str | None = Field("threat", description=Settings.model_fields["module"].description)
+    http_port: int = Field(0, ge=0, le=65535, description=Settings.model_fields["http_port"].description)
+    # A stop waits for the poll under way, which takes up to 0.4 times as long.
+    shutdown_grace: float = Field(5, gt=0, description=Settings.model_fields["shutdown_grace"].description)
 
     # The demo brings its own of these. They may be set for the other commands, and are overruled.
     queue_url: CliSuppress[str | None] = None

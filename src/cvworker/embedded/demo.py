@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from cvworker.commands.demo import Demo
 
 KNOWN = "threat"
-"""The module whose classes are what the pictures show, and the default."""
+"""The module whose classes are what the pictures show."""
 QUEUE = "images"
 LOOK_S = 0.1
 """Between two looks at what has changed."""
@@ -48,7 +48,7 @@ FOR_SEND = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_A
 
 def run(demo: Demo) -> int:
     """Run it; the exit code. Raises KeyboardInterrupt, and what ends it early, once nothing of it is left."""
-    check_spec(demo.module or KNOWN)
+    check_spec(demo.module or "")
     folder = _folder(demo.output)
     with Interrupts() as interrupts, ExitStack() as stack:
         return _Run(demo, folder, interrupts, stack).main()
@@ -151,11 +151,10 @@ class _Run:
 
     def _start_worker(self, queue_url: str) -> DemoWorker:
         s = self.demo
-        port = s.http_port if "http_port" in s.model_fields_set and s.http_port else free_port()
+        port = s.http_port or free_port()
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(s.http_host, s.http_host)  # noqa: S104 - a comparison
         hosts = [server.url.removeprefix("http://") for server in (self.images, self.receiver)]
         forced = {
-            "module": s.module or KNOWN,
             "queue_url": queue_url,
             "callback_url": self.answers_url,
             "callback_secret": self.secret,
@@ -168,7 +167,7 @@ class _Run:
 
     def _is_ready(self, worker: DemoWorker) -> bool:
         if model := worker.ready():
-            self.stand.ready = f"{model['module']} on {model['device']}, {model['precision']}"
+            self.stand.ready = f"module {model['module']} on {model['device']}, {model['precision']}"
         return bool(model)
 
     def _exchange(self, exhibits: Sequence[Exhibit], queue_url: str) -> float:
@@ -216,20 +215,16 @@ class _Run:
         accepted, answers = self.receiver.accepted, self.receiver.answers
         (self.folder / "answers.jsonl").write_bytes(b"".join(each.body + b"\n" for each in accepted))
         self.failures += problems(exhibits, accepted, Signer([self.secret]))
-        known = self.demo.module in (None, KNOWN)
+        known = self.demo.module == KNOWN
         small = self.pool.map(lambda each: thumbnail(each.body) if each.body else None, exhibits)
         tiles = [tile(e, image, answers.get(e.name), known=known) for e, image in zip(exhibits, small, strict=True)]
-        summary = Summary(
-            "cvworker demo",
-            f"{self.stand.ready}; a queue, an image host and a callback receiver on one machine",
-            seconds,
-            notes=self.failures,
-        )
+        expected = Counter(FLAWS[each.flaw] for each in exhibits if each.flaw)
+        notes = [f"{expected.total()} of the pictures are damaged, missing or no pictures, on purpose.", *self.failures]
+        summary = Summary("cvworker demo", self.stand.ready, seconds, notes=notes)
         sheet = write_sheet(self.folder / "contact-sheet.html", summary, tiles)
         self.interrupts.check()
-        expected = Counter(FLAWS[each.flaw] for each in exhibits if each.flaw)
         rows = list(label_rows(exhibits, answers)) if known else []
-        self.console.print(report(Tally.of(tiles), rows, expected, seconds))
+        self.console.print(report(Tally.of(tiles), rows, expected, seconds, self.console.width))
         for failure in self.failures:
             self._say(f"[red]✗[/] {escape(failure)}")
         if self.failures:

@@ -19,7 +19,9 @@ from cvworker.embedded.sheet import STEPS, Tally
 
 LINE_EVERY_S = 3.0
 """Between two lines of progress where stdout is no terminal."""
-BAR_WIDTH = 20
+BAR_WIDTH = 12
+SIDE_BY_SIDE = 96
+"""Columns of the terminal from which the two tables fit beside each other."""
 
 
 @dataclass(slots=True)
@@ -63,13 +65,13 @@ class View:
             columns = (
                 SpinnerColumn(finished_text="[green]✓"),
                 TextColumn("{task.description:<8}"),
-                BarColumn(40),
+                BarColumn(40, complete_style="cyan", finished_style="green", pulse_style="cyan"),
                 TextColumn("{task.fields[note]}"),
             )
             self._bars = Progress(*columns, console=console)
             self._drawn = self._bars.add_task("pictures", total=count, note="")
             self._worker = self._bars.add_task("worker", total=None, note="starting")
-            self._answered = self._bars.add_task("answers", total=count, note="", start=False)
+            self._answered = self._bars.add_task("answers", total=count, note="")
 
     def show(self, stand: Stand) -> None:
         if self._bars is not None:
@@ -78,7 +80,6 @@ class View:
                 self._bars.update(self._worker, total=1, completed=1, note=stand.ready)
             if stand.sending:
                 note = f"{stand.answered} of {stand.count}, {stand.rate:.1f} images/s"
-                self._bars.start_task(self._answered)
                 self._bars.update(self._answered, completed=stand.answered, note=note)
         elif stand.stage != self._stage or time.monotonic() - self._line_at > LINE_EVERY_S:
             self._stage, self._line_at = stand.stage, time.monotonic()
@@ -94,60 +95,68 @@ class View:
             self._bars.stop()
 
 
-def report(tally: Tally, rows: Sequence[LabelRow], expected_errors: Counter[str], seconds: float | None) -> Table:
-    """The table at the end: what was answered, how fast, and where the time went; ``rows`` where content is known."""
-    page = Table.grid(padding=(0, 5))
-    page.add_row(_answers(tally, rows, expected_errors), _times(tally, seconds))
+def report(tally: Tally, rows: Sequence[LabelRow], expected: Counter[str], seconds: float, width: int) -> Table:
+    """The table at the end: what was answered, how fast, and where the time went, in so many columns of the terminal.
+
+    ``rows`` are empty where nothing is known of the pictures; ``expected`` counts the error codes that are right.
+    """
+    page = Table.grid(padding=(0, 3))
+    tables = _answers(tally, rows, expected), _times(tally, seconds)
+    if width >= SIDE_BY_SIDE:
+        page.add_row(*tables)
+    else:
+        for table in tables:
+            page.add_row(table)
     return page
 
 
-def _answers(tally: Tally, rows: Sequence[LabelRow], expected_errors: Counter[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("answer")
-    for name in ("answers", "right", "wrong", "missed") if rows else ("answers",):
-        table.add_column(name, justify="right")
+def _answers(tally: Tally, rows: Sequence[LabelRow], expected: Counter[str]) -> Table:
+    known = bool(rows)
+    table = _table("answered", "pictures", *(("right", "wrong", "missed") if known else ()))
     for row in rows:
-        table.add_row(row.label, *(_count(n) for n in (row.answers, row.right, row.wrong, row.missed)))
-    if not rows:
-        for label, count in (tally.labels or tally.verdicts or Counter(ok=_without_error(tally))).most_common():
-            table.add_row(label, _count(count))
+        table.add_row(row.label, *_counts(row.answers, row.right, row.wrong, row.missed))
+    if not known:
+        ok = Counter(ok=tally.images - tally.unanswered - tally.errors.total())
+        for label, count in (tally.labels or tally.verdicts or ok).most_common():
+            table.add_row(label, *_counts(count))
     table.add_section()
-    for code in sorted(tally.errors.keys() | expected_errors.keys()):
-        answers, expected = tally.errors[code], expected_errors[code]
-        right = min(answers, expected)
-        counts = (answers, right, answers - right, expected - right) if rows else (answers,)
-        table.add_row(f"[dim]error[/] {code}", *map(_count, counts))
+    for code in sorted(tally.errors.keys() | expected.keys()):
+        answers, right = tally.errors[code], min(tally.errors[code], expected[code])
+        counts = _counts(answers, right, answers - right, expected[code] - right)
+        table.add_row(code, *counts if known else counts[:1])
+    if known:
+        table.add_section()
+        table.add_row("all", *_counts(tally.images, tally.right, tally.wrong))
     return table
 
 
-def _times(tally: Tally, seconds: float | None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("speed")
-    table.add_column("", justify="right")
-    table.add_column("")
-    if seconds:
-        table.add_row("images/s", f"{tally.images / seconds:.1f}", "")
+def _times(tally: Tally, seconds: float) -> Table:
+    table = _table("speed", "", " ")
+    table.columns[2].justify = "left"
+    if tally.totals:
+        table.add_row("images/s", f"{len(tally.totals) / seconds:.1f}")
     for percent in (50, 95):
-        if (time_ms := tally.percentile(percent)) is not None:
-            table.add_row(f"p{percent} sent to answered", duration(time_ms), "")
-    if not tally.totals:
-        return table
+        if (latency := tally.percentile(percent)) is not None:
+            table.add_row(f"latency p{percent}", _duration(latency))
     table.add_section()
     steps = {"in the queue": tally.queued, **{name: tally.steps[step] for step, name in STEPS.items()}}
     whole = sum(steps.values()) or 1.0
-    for name, total in steps.items():
+    for name, total in steps.items() if tally.totals else ():
         bar = "█" * round(BAR_WIDTH * total / whole)
-        table.add_row(name, duration(total / len(tally.totals)), f"{total / whole:4.0%} [cyan]{bar}[/]")
+        table.add_row(name, _duration(total / len(tally.totals)), f"{total / whole:4.0%} [cyan]{bar}[/]")
     return table
 
 
-def _without_error(tally: Tally) -> int:
-    return tally.images - tally.unanswered - tally.errors.total()
+def _table(*names: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in names:
+        table.add_column(name, justify="right" if table.columns else "left", no_wrap=True)
+    return table
 
 
-def _count(number: int) -> str:
-    return f"{number:,}" if number else "[dim]0[/]"
+def _counts(*numbers: int) -> list[str]:
+    return [f"{number:,}" if number else "[dim]0[/]" for number in numbers]
 
 
-def duration(ms: float) -> str:
+def _duration(ms: float) -> str:
     return f"{ms / 1000:.1f} s" if ms >= 1000 else f"{ms:.0f} ms" if ms >= 10 else f"{ms:.1f} ms"

@@ -16,8 +16,6 @@ from cvworker.errors import StartupError, WorkerFailed
 from cvworker.loading import DEMO, installed
 from cvworker.settings import PREFIX, Settings
 
-GRACE_S = 5.0
-"""The worker's ``shutdown_grace`` unless the user sets one: a stop waits for a poll, which takes 0.4 times as long."""
 STOP_S, STOP_NOW_S = 4.0, 2.0
 """How long the worker may take to stop in order, and then to end at all."""
 ASK_S = 2.0
@@ -26,15 +24,14 @@ OWN_PACKAGE = "cvworker."
 
 
 def environment(settings: Settings, forced: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment, in which what the user set, by whatever way, are variables; ``forced`` overrules it.
+    """This process's environment with every setting as a variable, those in ``forced`` as they are there.
 
-    The worker reads the user's ``.env`` too, but variables win over that. It gets no other ``CVWORKER_`` variables.
+    The worker reads the user's ``.env`` too, but variables win over that.
     """
-    given = settings.model_dump(mode="json", include=settings.model_fields_set & Settings.model_fields.keys())
+    given = settings.model_dump(mode="json", include=set(Settings.model_fields))
     values = {name: v if isinstance(v, str) else json.dumps(v) for name, v in given.items() if v is not None}
-    if "weights" not in values and _has_weights(forced["module"]):
+    if "weights" not in values and _has_weights(settings.module or ""):
         values["weights"] = DEMO
-    values.setdefault("shutdown_grace", str(GRACE_S))
     if "exit_when_idle" in values:  # it is idle while pictures are drawn
         values["exit_when_idle"] = str(A_DAY_S)
     own = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}

@@ -32,6 +32,8 @@ FORMATS = {
     "png": ("PNG", "image/png", {"compress_level": 1}),
     "webp": ("WEBP", "image/webp", {"method": 0, "quality": 85}),
 }
+SIZES = ((320, 240), (400, 400), (480, 360), (360, 480), (640, 426), (640, 480))
+"""Width and height; drawing takes as long as there are pixels, and the first demo should not wait for large ones."""
 OFTEN_JPEG = ("jpg", "jpg", "jpg", "png", "webp")
 NAMED = 5
 """Pictures that a problem names; the rest are counted."""
@@ -68,7 +70,7 @@ def exhibit(seed: int, number: int, flaw: str | None) -> Exhibit:
     if flaw == "not a picture":
         return Exhibit(f"{number:04}.jpg", b"Text, whatever its name says.\n" * 40, "image/jpeg", (), flaw)
     rng = np.random.default_rng([seed, number])
-    drawn = pictures.draw(seed * SEEDS_APART + number)
+    drawn = pictures.draw(seed * SEEDS_APART + number, SIZES[rng.integers(len(SIZES))])
     suffix = "jpg" if flaw else str(rng.choice(OFTEN_JPEG))
     kind, content_type, options = FORMATS[suffix]
     image, exif, file = drawn.image, Image.Exif(), io.BytesIO()

@@ -6,6 +6,7 @@ import fcntl
 import mmap
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import struct
@@ -33,6 +34,10 @@ DESCRIPTOR = struct.Struct("<QQQ")
 """What a worker pulls: the job's number, and where its bytes are in the arena (offset, length)."""
 SLOT_NUMBER, SLOT_SINCE, SLOT_PID = range(3)
 MAX_TEXT = 500
+BYTES_PER_PIXEL = 12
+"""What a decoder needs at most for each pixel allowed: the image, a copy turned or converted, and working space."""
+MEMORY_BESIDE_IMAGE = 1024**3
+"""For what ``preprocess`` itself needs."""
 
 log = structlog.get_logger(__name__)
 
@@ -128,6 +133,7 @@ class Images(IterableDataset[Chunk]):
         row = self._slots[info.id if info else 0]
         row[SLOT_PID] = os.getpid()
         if info is not None:
+            _limit_memory(config.max_image_pixels)
             while wanted := _pull(inlet, config.chunk, info.num_workers):
                 yield self._chunk([self._one(memory, each, row) for each in wanted]).stack()
             return
@@ -189,6 +195,19 @@ def _end_with_the_model_process() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def _limit_memory(max_pixels: int) -> None:
+    """Let a decoder that goes astray fail rather than take the machine along.
+
+    The data segment and not the address space: CUDA and shared mappings reserve far more than they use.
+    """
+    with open("/proc/self/statm") as file:
+        now = int(file.read().split()[5]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = now + BYTES_PER_PIXEL * max_pixels + MEMORY_BESIDE_IMAGE
+    if hard == resource.RLIM_INFINITY or limit < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 def describe(error: BaseException) -> str:

@@ -67,7 +67,7 @@ class Fetcher:
             async with asyncio.timeout(self._timeout) as limit:
                 for tries_left in range(TRIES - 1, -1, -1):
                     try:
-                        return await (self._from_s3(url) if is_s3_url(url) else self._from_http(url, limit))
+                        return await (self._from_s3 if is_s3_url(url) else self._from_http)(url, limit)
                     except DownloadInterrupted as error:
                         pause = RETRY_BASE_S * 4.0 ** (TRIES - 1 - tries_left) * random.uniform(0.5, 1.5)  # noqa: S311
                         pause = max(pause, error.retry_after or 0.0)
@@ -117,9 +117,9 @@ class Fetcher:
         slot.seal()
         return slot
 
-    async def _from_s3(self, url: str) -> Slot:
+    async def _from_s3(self, url: str, limit: asyncio.Timeout) -> Slot:
         data = await self._s3.read(url)
-        slot = await self._arena.take(len(data))
+        slot = await self._room(len(data), limit)
         slot.write(data)
         slot.seal()
         return slot

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -11,12 +12,15 @@ from dataclasses import dataclass, field
 OPENS_AFTER = 5
 """Failures one after the other, until a host is left alone for a while."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
+RECENT_S = 60.0
+"""A host is one of several for this long after its last request."""
 REMEMBERED = 1000
 """Hosts whose failures are remembered; the least recently used is forgotten first."""
 
 
 @dataclass(slots=True)
 class _Host:
+    used_at: float = 0.0
     in_hand: int = 0
     under_way: int = 0
     waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
@@ -39,7 +43,6 @@ class Hosts:
         self._hosts: OrderedDict[str, _Host] = OrderedDict()
         self._under_way = 0
         self._waiting = 0
-        self._active = 0
 
     def paused_for(self, name: str) -> float:
         """Seconds until ``name`` may be tried again; 0 when it may be now."""
@@ -57,26 +60,25 @@ class Hosts:
 
     def one_and_well(self) -> bool:
         """Whether there is one host at most, and it is not paused: nobody would be in anybody's way."""
-        return self._active <= 1 and not any(host.closed_until for host in self._hosts.values())
+        last = next(reversed(self._hosts.values()), None)
+        return last is None or not (last.closed_until or self._others(last))
 
     def crowded(self, name: str) -> bool:
         """Whether so many wait for this host already that more would only be in the way of others."""
         host = self._hosts.get(name)
         if host is None or host.in_hand < self._limit():
             return False
-        return self.paused_for(name) > 0 or self._under_way + self._waiting > host.under_way + len(host.waiting)
+        return self.paused_for(name) > 0 or self._others(host)
 
     @contextmanager
     def in_hand(self, name: str) -> Iterator[None]:
         """Count one that is on its way to this host, for :meth:`crowded`."""
         host = self._host(name)
         host.in_hand += 1
-        self._active += host.in_hand == 1
         try:
             yield
         finally:
             host.in_hand -= 1
-            self._active -= host.in_hand == 0
 
     @asynccontextmanager
     async def slot(self, name: str) -> AsyncIterator[None]:
@@ -125,9 +127,15 @@ class Hosts:
                 host.pauses += 1
                 host.closed_until = self._clock() + min(FIRST_PAUSE_S * 2.0 ** (host.pauses - 1), LONGEST_PAUSE_S)
 
+    def _others(self, host: _Host) -> bool:
+        """Whether another host was used lately: one that is well has nothing under way most of the time."""
+        latest = itertools.islice(reversed(self._hosts.values()), 2)
+        return any(each is not host and self._clock() - each.used_at < RECENT_S for each in latest)
+
     def _host(self, name: str) -> _Host:
         host = self._hosts.setdefault(name, _Host())
         self._hosts.move_to_end(name)
+        host.used_at = self._clock()
         if len(self._hosts) > REMEMBERED:
             for other, state in self._hosts.items():
                 if not state.in_hand and not state.under_way and not state.waiting and state is not host:
@@ -139,8 +147,7 @@ class Hosts:
         limit = self._limit()
         if self._under_way >= limit:
             return False
-        alone = self._under_way == host.under_way and self._waiting == len(host.waiting)
-        return alone or host.under_way < max(1, limit // 2)
+        return host.under_way < max(1, limit // 2) or not self._others(host)
 
     def _enter(self, host: _Host) -> None:
         host.under_way += 1
