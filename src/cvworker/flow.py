@@ -11,6 +11,7 @@ from cvworker.answer import WorkerInfo, answer_body
 from cvworker.errors import JobError, UrlNotAllowed, without_frames
 from cvworker.sqs.outcome import ANSWERED, LOST, RELEASED, End, Outcome
 from cvworker.steps.callback import CallbackRefused
+from cvworker.steps.hosts import Hosts, host_of
 
 if TYPE_CHECKING:
     from cvworker.clock import Clock
@@ -46,8 +47,8 @@ class Flow:
         self.info: WorkerInfo | None = None
         self.sender: CallbackSender | None = None
 
-    async def download(self, job: Job, fetcher: Fetcher) -> None:
-        """One job's download, on a download thread's event loop."""
+    async def download(self, job: Job, fetcher: Fetcher, hosts: Hosts) -> None:
+        """One job's download, on a download thread's event loop, when its host's turn comes."""
         if not self._custody.alive(job):
             self.settle(job, LOST)
             return
@@ -55,18 +56,21 @@ class Flow:
         if url is not None and self.sender is not None and self.sender.crowded(url):
             self.settle(job, self._custody.unanswered(job), problem="too many answers wait for the callback's host")
             return
-        began = time.perf_counter()
-        try:
-            job.image = await fetcher.fetch(job.request.image_url or "")
-        except JobError as error:
-            if self._to_be_answered(job, error):
-                await self._results_queue.aput(job)
-        finally:
+        image_url = job.request.image_url or ""
+        error = None
+        async with hosts.slot(host_of(image_url)):
+            began = time.perf_counter()
+            try:
+                job.image = await fetcher.fetch(image_url)
+            except JobError as failure:
+                error = failure.with_traceback(None)
             took = time.perf_counter() - began
-            job.timings_ms["download"] = took * 1000
-            self._metrics.timed("download", took)
-        if job.image is not None:
+        job.timings_ms["download"] = took * 1000
+        self._metrics.timed("download", took)
+        if error is None:
             await self._inference_queue.aput(job)
+        elif self._to_be_answered(job, error):
+            await self._results_queue.aput(job)
 
     def inferred(self, job: Job) -> None:
         """The model has a result. Waits for room: an inference that outruns the callbacks is held back here."""

@@ -104,8 +104,9 @@ def _is_file(place: str) -> bool:
 def _from_file(path: Path) -> ModuleType:
     # The name is the same in every process, so that objects of the file's classes can be pickled between them.
     name = f"cvworker_path_{path.stem}"
-    if name in sys.modules:
-        return sys.modules[name]
+    known = sys.modules.get(name)
+    if known is not None and known.__file__ == str(path.resolve()):
+        return known
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     if spec is None or spec.loader is None:
         raise StartupError(f"module: {path} is not a Python file")

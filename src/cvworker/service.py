@@ -98,7 +98,7 @@ class Service:
                 pass
             now = self.clock.monotonic()
             worker.tuner.look(
-                done=worker.done - done, seconds=now - looked_at, downloading=worker.downloads_under_way()
+                done=worker.done - done, seconds=now - looked_at, downloading=worker.downloads_wanted()
             )
             looked_at, done = now, worker.done
             self.metrics.busy.look(self._capacity(worker))
@@ -196,7 +196,7 @@ class Service:
             "image_bytes": worker.arena.used,
             "queues": {queue.name: {"depth": len(queue), "limit": queue.limit} for queue in worker.queues},
             "in_hand": {
-                "download": worker.downloads_under_way(),
+                "download": worker.downloads(),
                 "model": len(worker.inference),
                 "callback": len(worker.answering),
             },

@@ -20,7 +20,7 @@ def _split(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     text = value.strip()
-    if text.startswith("["):
+    if re.match(r'\[\s*["\]]', text):  # and not [::1]:8080, a host
         return json.loads(text)
     return [item.strip() for item in text.split(",") if item.strip()]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import structlog
@@ -31,6 +31,7 @@ from cvworker.sqs.queue import Queue
 from cvworker.sqs.receiver import Receiver
 from cvworker.steps.callback import RESULT_WAIT_S, TRIES, CallbackSender
 from cvworker.steps.download import DownloadThreads, Fetcher
+from cvworker.steps.hosts import Hosts
 from cvworker.steps.inference import Inference
 from cvworker.steps.pool import JobPool
 from cvworker.tuning import Tuner
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 LONG_POLL_S = 10
 """Shorter than SQS's 20 s, because a stop waits for the poll under way: a cut-off one may hide messages."""
 DOWNLOAD_CONNECTIONS = 256
+IN_HAND_PER_DOWNLOAD = 2
+"""Jobs taken for each download under way: those of a slow host wait for their turn, the others pass them by."""
 USER_AGENT = f"cvworker/{__version__}"
 
 log = structlog.get_logger(__name__)
@@ -132,6 +135,7 @@ class Worker:
             limit=lambda: self.flow.sender.in_hand_limit() if self.flow.sender else 1,
             surprised=self.flow.surprised,
         )
+        self.downloads_under_way: list[Callable[[], int]] = []
         self.downloading: list[tuple[asyncio.AbstractEventLoop, JobPool]] = []
         self.done = 0
         self.busy_until = clock.monotonic()
@@ -220,8 +224,13 @@ class Worker:
                 return f"{name} has made no progress for {oldest:.0f} s"
         return None
 
-    def downloads_under_way(self) -> int:
-        return sum(len(pool) for _, pool in self.downloading)
+    def downloads(self) -> int:
+        """Downloads under way."""
+        return sum(count() for count in self.downloads_under_way)
+
+    def downloads_wanted(self) -> int:
+        """Downloads under way, and those that only wait for their host's turn counted by half, as they are taken."""
+        return max(self.downloads(), sum(len(pool) for _, pool in self.downloading) // IN_HAND_PER_DOWNLOAD)
 
     async def _download_loop(self) -> None:
         """One download thread's life."""
@@ -234,12 +243,14 @@ class Worker:
             connections=DOWNLOAD_CONNECTIONS,
             user_agent=USER_AGENT,
         ) as fetcher:
+            hosts = Hosts(lambda: -(-self.tuner.downloads // len(self.downloaders.threads)), self.clock.monotonic)
             pool = JobPool(
                 self.download_queue,
-                lambda job: self.flow.download(job, fetcher),
-                limit=lambda: -(-self.tuner.downloads // len(self.downloaders.threads)),
+                lambda job: self.flow.download(job, fetcher, hosts),
+                limit=lambda: -(-self.tuner.downloads * IN_HAND_PER_DOWNLOAD // len(self.downloaders.threads)),
                 surprised=self.flow.surprised,
             )
+            self.downloads_under_way.append(lambda: hosts.under_way)
             self.downloading.append((asyncio.get_running_loop(), pool))
             await pool.run()
 

@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict
 
 from cvworker.errors import StartupError, UnsupportedTask
@@ -29,12 +29,10 @@ PIPE_WIDTH = 200  # characters: of a table that goes to no terminal
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
-def seconds_in(text: Any) -> float | None:
-    """``90``, ``90s``, ``15m``, ``1h``, ``2d`` or ``1w`` in seconds; None as it is."""
-    if text is None:
-        return None
-    if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw]?)", str(text).strip())):
-        raise ValueError("must be a time such as 90s, 15m, 1h, 2d or 1w")
+def seconds_in(text: str) -> float:
+    """``90``, ``90s``, ``15m``, ``1h``, ``2d`` or ``1w`` in seconds."""
+    if not (match := re.fullmatch(r"(\d+(?:\.\d+)?) ?([smhdw]?)", text.strip())):
+        raise StartupError(f"older_than ({how_to_set('older_than')}): must be a time such as 90s, 15m, 1h, 2d or 1w")
     return float(match[1]) * UNITS_S[match[2] or "s"]
 
 
@@ -65,16 +63,14 @@ class Dlq(BaseSettings):
         cli_avoid_json=True,
         cli_show_env_vars=True,
         cli_exit_on_error=False,
-        cli_shortcuts={"as_json": "json"},
+        cli_shortcuts={"as-json": "json"},
     )
 
     action: CliPositionalArg[Literal["look", "redrive"]] = Field(description="What to do")
     queue_url: str | None = Field(None, description="The source queue; its redrive policy names the dead-letter queue")
     dead_letter_url: str | None = Field(None, description="The dead-letter queue; alone, it is asked for its source")
     id: TextList = Field([], description="Only these: a request's id, or a MessageId")
-    older_than: Annotated[float | None, BeforeValidator(seconds_in)] = Field(
-        None, description="Only messages sent longer ago, such as 90s, 15m, 1h or 2d"
-    )
+    older_than: str | None = Field(None, description="Only messages sent longer ago, such as 90s, 15m, 1h or 2d")
     limit: int | None = Field(None, ge=1, description=f"So many at most; look: {SHOWN} by default")
     dry_run: bool = Field(False, description="redrive: count what would be moved, and move nothing")
     as_json: bool = Field(False, description="look: one JSON object a line for each message")
@@ -82,8 +78,8 @@ class Dlq(BaseSettings):
     def main(self) -> int:
         from cvworker.dlq import Choice
 
+        choice = Choice(frozenset(self.id), time.time() - seconds_in(self.older_than) if self.older_than else None)
         queue = find(self.queue_url, self.dead_letter_url, to_redrive=self.action == "redrive")
-        choice = Choice(frozenset(self.id), None if self.older_than is None else time.time() - self.older_than)
         with interrupts() as stop:
             report = self._look(queue, choice, stop) if self.action == "look" else self._redrive(queue, choice, stop)
         for line in remarks(queue, report, self.id):

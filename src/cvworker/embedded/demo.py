@@ -43,7 +43,7 @@ SETTLE_S = 15.0
 """For the queue to be empty after the last answer."""
 COUNTS = ("", "NotVisible", "Delayed")
 """Of ``ApproximateNumberOfMessages…``: together every message of a queue."""
-FOR_SEND = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+FOR_SEND = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 
 def run(demo: Demo) -> int:

@@ -7,13 +7,12 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 import aiohttp
 
 from cvworker.errors import CvworkerError, UrlNotAllowed
 from cvworker.retry_after import retry_after
-from cvworker.steps.hosts import Hosts
+from cvworker.steps.hosts import Hosts, host_of
 
 if TYPE_CHECKING:
     from cvworker.clock import Clock
@@ -151,11 +150,6 @@ async def _drain(response: aiohttp.ClientResponse) -> None:
             await response.content.read(MAX_RESPONSE_BYTES)
     except (aiohttp.ClientError, OSError):
         pass
-
-
-def host_of(url: str) -> str:
-    """The part of a URL that fails or is slow as one: host and port."""
-    return urlsplit(url).netloc.lower()
 
 
 def _what(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 OPENS_AFTER = 5
 """Failures one after the other, until a host is left alone for a while."""
@@ -43,6 +44,10 @@ class Hosts:
         self._hosts: OrderedDict[str, _Host] = OrderedDict()
         self._under_way = 0
         self._waiting = 0
+
+    @property
+    def under_way(self) -> int:
+        return self._under_way
 
     def paused_for(self, name: str) -> float:
         """Seconds until ``name`` may be tried again; 0 when it may be now."""
@@ -167,3 +172,8 @@ class Hosts:
             if not turn.done():
                 self._enter(chosen)
                 turn.set_result(None)
+
+
+def host_of(url: str) -> str:
+    """The part of a URL that fails or is slow as one: host and port (for ``s3://`` the bucket)."""
+    return urlsplit(url).netloc.lower()
