@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -11,15 +12,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from PIL import Image
-from world import BIN, MEAN, MODULES, fetch, poll, status_of
 
-from cvworker.embedded.exhibits import FLAWS, exhibit, flaws, label_rows, problems
+from cvworker.embedded import pictures
+from cvworker.embedded.exhibits import FLAWS, ORIENTATION, Exhibit, exhibit, flaws, label_rows, problems
 from cvworker.embedded.receiver import Received
+from cvworker.errors import JobError
 from cvworker.images import decode
 from cvworker.signing import Signer
+from world import BIN, MEAN, MODULES, fetch, poll, status_of
 
 
 class DemoProcess:
@@ -124,7 +128,7 @@ def test_keep_serving_leaves_the_status_page_up_until_ctrl_c(start) -> None:
     assert "<html" in fetch(url)
     # the requests can be sent once more by the command it prints
     command = demo.says(r"\n  (AWS_\S+ .*cvworker send .*)\n")[1]
-    subprocess.run(command.replace("cvworker", str(BIN / "cvworker")), shell=True, check=True, capture_output=True)  # noqa: S602
+    subprocess.run(command.replace(" cvworker", f" {BIN}/cvworker"), shell=True, check=True, capture_output=True)
     poll(lambda: json.loads(fetch(url + "status.json"))["messages"].get("answered") == 6, 30, "six answers")
     demo.process.send_signal(signal.SIGINT)
     assert demo.wait(15) == 0
@@ -132,10 +136,17 @@ def test_keep_serving_leaves_the_status_page_up_until_ctrl_c(start) -> None:
     gone(demo)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("when", ["drawn", "worker: module slow", r"answered [1-9]\d* of"])
+@pytest.mark.parametrize(
+    ("number", "when"),
+    [
+        (signal.SIGINT, "drawn 0"),
+        (signal.SIGINT, r"drawn [2-9]\d of"),
+        (signal.SIGINT, r"answered [1-9]\d* of"),
+        (signal.SIGTERM, r"answered [1-9]\d* of"),
+    ],
+)
 def test_a_signal_at_any_moment_ends_it_soon_with_one_line(start, number: signal.Signals, when: str) -> None:
-    demo = start("--count", "150", "--module", f"{MODULES / 'mean.py'}:Slow", "--batch-size", "1")
+    demo = start("--count", "60", "--module", f"{MODULES / 'mean.py'}:Slow", "--batch-size", "1")
     demo.says(when)
     began = time.monotonic()
     demo.process.send_signal(number)
@@ -152,7 +163,6 @@ def test_a_signal_at_any_moment_ends_it_soon_with_one_line(start, number: signal
     [
         ("no_such_module", "module: no module named 'no_such_module' is installed"),
         (f"{MODULES / 'mean.py'}:NoSuch", "module: .*mean.py has no class 'NoSuch'.*worker.log"),
-        (f"{MODULES / 'mean.py'}:NotAModule", "module: .*NotAModule does not extend cvworker.Module"),
     ],
 )
 def test_a_module_that_does_not_load_is_told_in_one_line(start, module: str, says: str) -> None:
@@ -182,3 +192,85 @@ def test_an_output_folder_that_cannot_be_is_told_in_one_line(start, tmp_path: Pa
     demo = start()
     assert demo.wait(20) == 2
     assert re.fullmatch(r"cvworker demo: output: cannot write to .*/out \(.*\); choose .* --output\n", demo.text())
+
+
+def test_pictures_are_upright_whatever_their_format_and_the_damaged_ones_fail_as_expected() -> None:
+    damaged = flaws(seed=0, count=60)
+    assert sorted(damaged.values()) == sorted(FLAWS)
+    assert flaws(seed=0, count=5) == {}
+    sizes, formats = set(), set()
+    for number in range(60):
+        shown = exhibit(0, number, damaged.get(number))
+        if shown.body is None:
+            assert shown.flaw == "missing"
+        elif shown.flaw:
+            with pytest.raises(JobError) as failed:
+                decode(shown.body)
+            assert failed.value.code == FLAWS[shown.flaw]
+        else:
+            with Image.open(io.BytesIO(shown.body)) as image:
+                formats.add((image.format, image.getexif().get(ORIENTATION)))
+            drawn = pictures.draw(number, decode(shown.body, image_type="pil").size)
+            difference = np.abs(decode(shown.body).numpy() - np.asarray(drawn.image).transpose(2, 0, 1).astype(float))
+            assert difference.mean() < 10
+            assert set(shown.labels) == drawn.labels
+            sizes.add(drawn.image.size)
+    assert {name for name, _ in formats} == {"JPEG", "PNG", "WEBP"}
+    assert {turn for _, turn in formats} == {None, 3, 6, 8}
+    assert len(sizes) > 4
+
+
+SIGNER = Signer(["whsec_" + "QUJD" * 8])
+SHOWN = [
+    Exhibit("a.jpg", b"", "image/jpeg", ("gun",), None),
+    Exhibit("b.jpg", b"", "image/jpeg", (), None),
+    Exhibit("c.jpg", None, "", (), "missing"),
+]
+
+
+def received(name: str, *labels: str, error: str = "", signer: Signer = SIGNER) -> Received:
+    found = {"labels": [{"label": label, "score": 0.9} for label in labels]}
+    answer = {"id": name, "status": "ok", "result": found}
+    if error:
+        answer = {"id": name, "status": "error", "error": {"code": error, "message": "because"}}
+    body = json.dumps(answer).encode()
+    return Received("/", signer.headers(f"message-{name}", 1_700_000_000, body), body, answer, 0.0, 0.0)
+
+
+GOOD = [received("a.jpg", "gun"), received("b.jpg"), received("c.jpg", error="image_not_found")]
+
+
+@pytest.mark.parametrize(
+    ("answers", "found"),
+    [
+        (GOOD, []),
+        ([received("a.jpg", "knife"), *GOOD[1:]], []),  # a wrong answer is an answer
+        (GOOD[:2], ["1 not answered: c.jpg"]),
+        ([*GOOD, GOOD[0]], ["1 answered more than once: a.jpg"]),
+        ([*GOOD, received("x.jpg")], ["1 not asked for: x.jpg"]),
+        ([*GOOD[:2], received("c.jpg")], ["1 answered with a result instead of image_not_found: c.jpg"]),
+        (
+            [received("a.jpg", error="process_failed"), *GOOD[1:]],
+            ["1 answered with process_failed instead of a result: a.jpg (because)"],
+        ),
+        (
+            [received("a.jpg", "gun", signer=Signer(["whsec_" + "REVG" * 8])), *GOOD[1:]],
+            ["1 not signed as it should be: a.jpg"],
+        ),
+        ([], ["3 not answered: a.jpg, b.jpg, c.jpg"]),
+    ],
+)
+def test_whatever_is_missing_is_a_problem(answers: list[Received], found: list[str]) -> None:
+    assert list(problems(SHOWN, answers, SIGNER)) == found
+
+
+def test_labels_are_counted_against_what_the_pictures_show() -> None:
+    answers = {each.id: each.json for each in [received("a.jpg", "knife"), *GOOD[1:]]}
+    rows = {row.label: (row.answers, row.right, row.wrong, row.missed) for row in label_rows(SHOWN, answers)}
+    assert rows == {
+        "bomb": (0, 0, 0, 0),
+        "fire": (0, 0, 0, 0),
+        "gun": (0, 0, 0, 1),
+        "knife": (1, 0, 1, 0),
+        "safe": (1, 1, 0, 0),
+    }

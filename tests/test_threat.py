@@ -81,8 +81,8 @@ def test_on_freshly_drawn_pictures_at_least_95_of_100_have_exactly_the_right_lab
     assert threat.min_side is not None
     exact, verdicts, count = 0, 0, 240
     for start in range(FRESH, FRESH + count, 40):
-        sizes = [None, (400, 300), (300, 400), (320, 240)]
-        drawn = [pictures.draw(seed, sizes[seed % 4]) for seed in range(start, start + 40)]
+        sizes = [None, (400, 300), (300, 400), (320, 240), (256, 256)]  # the large ones take most of the time
+        drawn = [pictures.draw(seed, sizes[seed % 5]) for seed in range(start, start + 40)]
         images = [tensor(as_jpeg(one.image, threat.min_side) if i % 2 else one.image) for i, one in enumerate(drawn)]
         for one, result in zip(drawn, answer(threat, images), strict=True):
             exact += {found["label"] for found in result["labels"]} == one.labels
@@ -126,6 +126,7 @@ def test_a_batch_gives_the_same_answers_as_its_pictures_alone(threat: Threat) ->
 @pytest.mark.parametrize("layout", ["planes", "interleaved"])
 def test_a_sample_is_uint8_of_the_input_size_whatever_the_image(threat: Threat, layout: str) -> None:
     side = threat.spec.input_size
+    assert threat.min_side == side
     for height, width in [(1, 1), (7, 900), (side, side), (480, 640)]:
         image = torch.full((3, height, width), 200, dtype=torch.uint8)
         sample = threat.preprocess(
@@ -145,10 +146,6 @@ def test_bytes_are_normalised_as_the_weights_say(threat: Threat) -> None:
     module.process(batch)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (module.spec.mean, module.spec.std))
     torch.testing.assert_close(seen[0], (batch / 255 - mean) / std, atol=1e-5, rtol=1e-5)
-
-
-def test_the_smallest_side_that_decoders_may_leave_is_the_input_size(threat: Threat) -> None:
-    assert threat.min_side == threat.spec.input_size
 
 
 def test_the_shipped_weights_are_small_and_say_how_they_were_made() -> None:
@@ -209,10 +206,6 @@ def refusal(path: Path) -> str:
     return text
 
 
-def torch_zip(path: Path) -> None:
-    torch.save({"fc.weight": torch.zeros(1)}, path)
-
-
 @pytest.mark.parametrize(
     ("write", "problem"),
     [
@@ -222,7 +215,7 @@ def torch_zip(path: Path) -> None:
         (lambda path: path.write_bytes(b"not weights at all"), "is no safetensors file, or a damaged one"),
         (lambda path: path.write_bytes(DEMO.read_bytes()[:-1000]), "is no safetensors file, or a damaged one"),
         (lambda path: path.write_bytes(DEMO.read_bytes()[:100]), "is no safetensors file, or a damaged one"),
-        (torch_zip, "is a pickle"),
+        (lambda path: torch.save({"fc.weight": torch.zeros(1)}, path), "is a pickle"),
         (lambda path: path.write_bytes(pickle.dumps({"fc.weight": 1})), "is a pickle"),
     ],
     ids=["missing", "directory", "empty", "text", "truncated", "header cut", "torch.save", "pickle"],
@@ -242,14 +235,12 @@ def test_a_file_that_is_no_safetensors_is_refused_in_one_line(
         ({"mean": None}, "does not say its mean"),
         ({"architecture": "resnet19"}, "names an architecture that torchvision does not have: 'resnet19'"),
         ({"architecture": "mobilenet_v3_small"}, "lacks the tensor"),
-        ({"architecture": "shufflenet_v2_x1_0"}, "has 'conv5.0.weight' of shape"),
+        ({"architecture": "shufflenet_v2_x1_0"}, "has 'stage2.0.branch1.2.weight' of shape"),
         ({"classes": "bomb, gun"}, "has metadata 'classes' that is not JSON"),
         ({"classes": '"gun"'}, "has metadata 'classes' that is not a JSON list of distinct names"),
-        ({"classes": "[]"}, "has metadata 'classes' that is not a JSON list of distinct names"),
         ({"classes": '["gun", "gun"]'}, "has metadata 'classes' that is not a JSON list of distinct names"),
         ({"classes": '["a", "b"]', "thresholds": '{"a": 0.5, "b": 0.5}'}, "has 'fc.weight' of shape [4, 1024], but"),
         ({"input_size": "0"}, "has metadata 'input_size' 0"),
-        ({"input_size": "128.5"}, "has metadata 'input_size' 128.5"),
         ({"input_size": "true"}, "has metadata 'input_size' True"),
         ({"mean": "[0.5, 0.5]"}, "has metadata 'mean' [0.5, 0.5]"),
         ({"std": "[0.2, 0, 0.2]"}, "has metadata 'std' [0.2, 0, 0.2]"),
@@ -286,6 +277,16 @@ def test_tensors_of_another_network_are_refused_in_one_line(
     path = tmp_path / "weights.safetensors"
     save_file(tensors, path, dict(read_spec(DEMO).metadata))
     assert problem in refusal(path)
+
+
+def test_a_header_whose_length_begins_like_a_pickle_is_no_pickle(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    for padding in range(0, 256, 8):  # safetensors pads its header to a multiple of eight bytes
+        save_file(load_file(DEMO), path, dict(read_spec(DEMO).metadata) | {"note": "x" * padding})
+        if path.read_bytes()[0] == 0x80:
+            break
+    assert path.read_bytes()[0] == 0x80
+    assert Threat(path).spec.classes == read_spec(DEMO).classes
 
 
 def test_weights_stored_in_half_precision_are_loaded_in_full(tmp_path: Path) -> None:

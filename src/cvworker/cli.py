@@ -25,9 +25,14 @@ class Command:
 
 COMMANDS = {
     "run": Command("cvworker.commands.run:Run", "consume a queue: download, preprocess, run the model, call back"),
-    "demo": Command("cvworker.commands.demo:Demo", "the whole job on this machine: embedded queue, 200 pictures, a contact sheet"),
+    "demo": Command(
+        "cvworker.commands.demo:Demo", "the whole job on this machine: embedded queue, 200 pictures, a contact sheet"
+    ),
     "send": Command("cvworker.commands.send:Send", "enqueue requests from a file, stdin or an s3:// prefix"),
-    "check": Command("cvworker.commands.check:Check", "try settings, queue and module with one example, touching no message"),
+    "check": Command(
+        "cvworker.commands.check:Check", "try settings, queue and module with one example, touching no message"
+    ),
+    "dlq": Command("cvworker.commands.dlq:Dlq", "look at what failed; send it back to the queue"),
     "modules": Command("cvworker.commands.modules:Modules", "list the modules that are installed"),
     "healthcheck": Command("cvworker.commands.healthcheck:Healthcheck", "ask a running worker whether it is alive"),
 }

@@ -130,6 +130,11 @@ def _leaves(cls: type[JobError]) -> list[type[JobError]]:
 _BY_NAME = {cls.__name__: cls for cls in _leaves(JobError)}
 
 
+def crosses(error: JobError) -> bool:
+    """Whether the error can be told by its name, which a module's own subclass cannot."""
+    return _BY_NAME.get(type(error).__name__) is type(error)
+
+
 def job_error(name: str, message: str) -> JobError:
     """The error of class ``name``, as it was in another process (only names and texts cross the border)."""
     return _BY_NAME[name](message)

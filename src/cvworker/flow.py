@@ -79,6 +79,8 @@ class Flow:
 
     def failed(self, job: Job, error: JobError) -> None:
         """Preprocess or process failed for the job."""
+        if "preprocess" in job.timings_ms:  # it was process that failed
+            self._metrics.timed("preprocess", job.timings_ms["preprocess"] / 1000)
         if self._to_be_answered(job, error):
             self._results_queue.put(job)
 

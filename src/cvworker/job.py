@@ -39,9 +39,9 @@ class Job:
         return self.kills > 0 or self.lease.attempt > SUSPECT_AFTER_RECEIVES
 
     def drop_image(self) -> None:
-        if self.image is not None:
-            self.image.free()
-            self.image = None
+        image, self.image = self.image, None
+        if image is not None:
+            image.free()
 
 
 SUSPECT_AFTER_RECEIVES = 3

@@ -18,6 +18,7 @@ from cvworker.observe.health import Health
 from cvworker.observe.http import Endpoints
 from cvworker.observe.metrics import Metrics
 from cvworker.settings import Settings
+from cvworker.surroundings import Surroundings
 from cvworker.worker import USER_AGENT, Worker
 
 TICK_S = 1.0
@@ -82,9 +83,14 @@ class Service:
             queue=worker.queue.url,
             after_s=round(self.clock.monotonic() - self._born, 1),
         )
+        surroundings = Surroundings(
+            lambda: len(worker.leases), self._interrupted, self.clock, max_lease=self.settings.max_lease
+        )
+        around = asyncio.create_task(surroundings.run())
         await self._until_over(worker)
         self.state, self.health.stopping = "stopping", True
         await worker.stop(answering)
+        around.cancel()
         self.state = "stopped"
 
     async def _until_over(self, worker: Worker) -> None:
@@ -122,6 +128,10 @@ class Service:
         self.health.ready_if(lambda: None if worker.receiver.reachable else f"sqs: {worker.receiver.last_error}")
         self.health.alive_if(lambda: str(worker.failure) if worker.failure else None)
         self.health.alive_if(worker.stalled)
+
+    def _interrupted(self, action: str, at: str) -> None:
+        log.warning("spot interruption notice; stopping", action=action, at=at)
+        self._stop_asked.set()
 
     def _signalled(self, name: str) -> None:
         if self._stop_asked.is_set():

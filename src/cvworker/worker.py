@@ -71,6 +71,7 @@ class Worker:
         self.guard = AddressGuard(allowed_hosts=s.allowed_hosts, allow_private_networks=s.allow_private_networks)
         self._signer = signer_of(s, self.guard)
         self.queue = Queue.open(s.queue_url or "", receive_threads=s.receive_threads, wait_s=long_poll(s))
+        self.queue.called = metrics.sqs_called
         visibility = _visibility(s, self.queue)
         local_weights = weights.local(s.weights, self.guard)
 

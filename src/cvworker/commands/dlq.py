@@ -84,8 +84,7 @@ class Dlq(BaseSettings):
             report = self._look(queue, choice, stop) if self.action == "look" else self._redrive(queue, choice, stop)
         for line in remarks(queue, report, self.id):
             print(line, file=sys.stderr)
-        complete = not (report.interrupted or report.refused or report.in_both)
-        return 0 if complete and report.found >= set(self.id) else 1
+        return 1 if report.interrupted or report.refused or report.in_both or set(self.id) - report.found else 0
 
     def _look(self, queue: DeadLetters, choice: Choice, stop: Callable[[], bool]) -> Report:
         visible, hidden = sizes(queue)
@@ -103,7 +102,7 @@ class Dlq(BaseSettings):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        visible, _ = sizes(queue)
+        visible = sizes(queue)[0]
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True)) as progress:
             bar = progress.add_task("looking at" if self.dry_run else "moving", total=visible)
@@ -187,8 +186,7 @@ def _only_source(client: SQSClient, url: str) -> str:
 def sizes(queue: DeadLetters) -> tuple[int, int]:
     """About how many messages can be received just now, and how many are hidden."""
     attributes = _attributes(queue.client, queue.url, "dead_letter_url")
-    count = "ApproximateNumberOfMessages"
-    return int(attributes[count]), int(attributes[f"{count}NotVisible"])
+    return int(attributes["ApproximateNumberOfMessages"]), int(attributes["ApproximateNumberOfMessagesNotVisible"])
 
 
 @contextmanager

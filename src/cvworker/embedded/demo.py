@@ -242,6 +242,7 @@ class _Run:
         while not self.interrupts.noted:
             worker.check()
             time.sleep(LOOK_S)
+        self._say("\nstopping")
 
     def _until(self, done: Callable[[], object], meanwhile: str) -> None:
         """Wait, showing how far it is. Raises what ends the demo early: a signal, the worker's end, no progress."""

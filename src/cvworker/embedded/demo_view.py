@@ -118,7 +118,7 @@ def _answers(tally: Tally, rows: Sequence[LabelRow], expected: Counter[str]) -> 
     if not known:
         ok = Counter(ok=tally.images - tally.unanswered - tally.errors.total())
         for label, count in (tally.labels or tally.verdicts or ok).most_common():
-            table.add_row(label, *_counts(count))
+            table.add_row(label, *_counts(count)[:1])
     table.add_section()
     for code in sorted(tally.errors.keys() | expected.keys()):
         answers, right = tally.errors[code], min(tally.errors[code], expected[code])
@@ -154,8 +154,10 @@ def _table(*names: str) -> Table:
     return table
 
 
-def _counts(*numbers: int) -> list[str]:
-    return [f"{number:,}" if number else "[dim]0[/]" for number in numbers]
+def _counts(answers: int, right: int = 0, *amiss: int) -> list[str]:
+    """The cells of one row, of which what is amiss stands out, unless it is nothing."""
+    cells = [(answers, "default"), (right, "default"), *((number, "yellow") for number in amiss)]
+    return [f"[{style if number else 'dim'}]{number:,}[/]" for number, style in cells]
 
 
 def _duration(ms: float) -> str:

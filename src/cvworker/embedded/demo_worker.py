@@ -16,7 +16,7 @@ from cvworker.errors import StartupError, WorkerFailed
 from cvworker.loading import DEMO, installed
 from cvworker.settings import PREFIX, Settings
 
-STOP_S, STOP_NOW_S = 4.0, 2.0
+STOP_S, STOP_NOW_S = 3.0, 2.0
 """How long the worker may take to stop in order, and then to end at all."""
 ASK_S = 2.0
 A_DAY_S = 86_400.0

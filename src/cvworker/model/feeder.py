@@ -145,7 +145,8 @@ class Feeder:
                 chunk = next(iterator)
             except StopIteration:
                 return
-            except RuntimeError:  # nothing came within LOOK_S, or a worker has died
+            except (RuntimeError, EOFError, OSError):
+                # Nothing came within LOOK_S; or a worker has died, perhaps in handing over a chunk and not yet buried.
                 if not workers:
                     raise
                 if not self._stopped and any(not worker.is_alive() for worker in workers):

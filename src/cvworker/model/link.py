@@ -92,7 +92,8 @@ class ModelLink:
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
     def close(self) -> None:
-        self._connection.close()
+        with self._lock:  # a descriptor closed during a send may be another connection's by the time of the write
+            self._connection.close()
 
     def _send(self, frame: dict[str, Any]) -> None:
         try:

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from cvworker import images
-from cvworker.errors import JobError, PreprocessFailed
+from cvworker.errors import JobError, PreprocessFailed, crosses
 from cvworker.loading import load, make
 from cvworker.model.config import ModelConfig
 from cvworker.module import Module
@@ -70,7 +70,10 @@ class Chunk:
             if other_tree != tree or [(x.shape, x.dtype) for x in others if isinstance(x, torch.Tensor)] != kinds:
                 return self
         # default_collate stacks straight into shared memory when it runs in a DataLoader's worker
-        self.stacked = [default_collate([each[0][i] for each in flat]) for i in range(len(leaves))]
+        try:
+            self.stacked = [default_collate([each[0][i] for each in flat]) for i in range(len(leaves))]
+        except RuntimeError:  # sparse ones, say, travel each by itself
+            return self
         self.tree, self.samples = tree, []
         return self
 
@@ -160,8 +163,10 @@ class Images(IterableDataset[Chunk]):
                 max_pixels=config.max_image_pixels,
             )
             sample = module.preprocess(image)
+            if row is not None:
+                _check_crossing(sample)
         except JobError as refused:
-            error = refused
+            error = refused if crosses(refused) else PreprocessFailed(describe(refused))
         except (Exception, SystemExit) as raised:  # the module's own: this image's, not the worker's
             log.warning("preprocess raised", job=number, exc_info=True)
             error = PreprocessFailed(describe(raised))
@@ -186,7 +191,15 @@ def start_worker(_worker_id: int) -> None:
     """What each DataLoader process does first: a stop is told by the inlet's end, not by the terminal's Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_grad_enabled(False)  # a sample that wants gradients could not leave this process
     threading.Thread(target=_end_with_the_model_process, name="parent", daemon=True).start()
+
+
+def _check_crossing(sample: Any) -> None:
+    """Raise here, where the image is known, what would lose its chunk without a word in the queue to the consumer."""
+    for leaf in pytree.tree_leaves(sample):
+        if not isinstance(leaf, (torch.Tensor, int, float, str)):
+            reduction.ForkingPickler.dumps(leaf)
 
 
 def _end_with_the_model_process() -> None:

@@ -120,7 +120,7 @@ class Runner:
 
     def _one_by_one(self, samples: list[Sample], error: Exception) -> list[Done]:
         if len(samples) == 1:
-            failure = error if isinstance(error, ProcessFailed) else ProcessFailed(describe(error))
+            failure = error if type(error) is ProcessFailed else ProcessFailed(describe(error))
             return [Done(samples[0], 0.0, error=failure)]
         log.warning(
             "process failed for a batch; its samples are tried one by one", batch=len(samples), error=describe(error)

@@ -171,16 +171,16 @@ def _check_tensors(spec: Spec, found: Mapping[str, Tensor], expected: Mapping[st
 
 def _metadata(path: Path) -> dict[str, str]:
     try:
-        with path.open("rb") as file:
+        with path.open("rb") as file:  # OSErrors have better texts than safe_open's
             start = file.read(4)
-        if start.startswith((b"PK\x03\x04", b"\x80")):  # torch.save's zip, or a bare pickle
-            raise refuse(path, "is a pickle, which could run code when loaded; convert it to safetensors")
         with safe_open(path, framework="numpy") as tensors:
             metadata: dict[str, str] = tensors.metadata() or {}
     except OSError as error:
         reason = error.strerror or error
         raise refuse(path, f"cannot be opened ({reason}); set --weights to a safetensors file") from error
     except SafetensorError as error:
+        if start.startswith((b"PK\x03\x04", b"\x80")):  # torch.save's zip, or a bare pickle
+            raise refuse(path, "is a pickle, which could run code when loaded; convert it to safetensors") from error
         reason = _first_line(error)
         raise refuse(path, f"is no safetensors file, or a damaged one ({reason}); copy or download it again") from error
     if missing := [key for key in KEYS if not metadata.get(key)]:

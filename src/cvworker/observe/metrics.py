@@ -75,6 +75,10 @@ class Metrics:
         if messages:
             self.busy.add("receive", seconds)
 
+    def sqs_called(self, operation: str, outcome: str) -> None:
+        """A call that settles or extends messages returned."""
+        self.sqs_requests.labels(operation, outcome).inc()
+
     def admitted(self, message: MessageTypeDef, now: float) -> None:
         """A message was received at ``now``, seconds since the epoch."""
         sent = float(message.get("Attributes", {}).get("SentTimestamp", now * 1000)) / 1000

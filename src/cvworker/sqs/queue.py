@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -62,6 +63,8 @@ class Queue:
         self.visibility_timeout = 30
         self.max_receives: int | None = None
         self.dead_letter_arn: str | None = None
+        self.called: Callable[[str, str], object] = lambda _operation, _outcome: None
+        """Told of each call that settles or extends messages, and whether it was ``ok`` or an ``error``."""
 
     @classmethod
     def open(cls, url: str, *, receive_threads: int = 3, wait_s: int = 10) -> Queue:
@@ -100,27 +103,38 @@ class Queue:
 
     def delete(self, receipts: Sequence[str]) -> list[Failed]:
         """Delete up to ten messages; what SQS refused comes back (HTTP 200 can carry failures)."""
-        answer = self._settling.delete_message_batch(
-            QueueUrl=self.url,
-            # The index is the Id: the same MessageId twice in a call would fail the whole of it.
-            Entries=[{"Id": str(i), "ReceiptHandle": receipt} for i, receipt in enumerate(receipts)],
-        )
+        with self._told("delete"):
+            answer = self._settling.delete_message_batch(
+                QueueUrl=self.url,
+                # The index is the Id: the same MessageId twice in a call would fail the whole of it.
+                Entries=[{"Id": str(i), "ReceiptHandle": receipt} for i, receipt in enumerate(receipts)],
+            )
         return _failed(answer)
 
     def change_visibility(self, receipts: Sequence[tuple[str, int]]) -> list[Failed]:
         """Show up to ten messages again after so many seconds from now each."""
-        answer = self._settling.change_message_visibility_batch(
-            QueueUrl=self.url,
-            Entries=[
-                {"Id": str(i), "ReceiptHandle": receipt, "VisibilityTimeout": min(seconds, MAX_VISIBILITY_S)}
-                for i, (receipt, seconds) in enumerate(receipts)
-            ],
-        )
+        with self._told("change_visibility"):
+            answer = self._settling.change_message_visibility_batch(
+                QueueUrl=self.url,
+                Entries=[
+                    {"Id": str(i), "ReceiptHandle": receipt, "VisibilityTimeout": min(seconds, MAX_VISIBILITY_S)}
+                    for i, (receipt, seconds) in enumerate(receipts)
+                ],
+            )
         return _failed(answer)
 
     def close(self) -> None:
         self._polling.close()
         self._settling.close()
+
+    @contextmanager
+    def _told(self, operation: str) -> Iterator[None]:
+        try:
+            yield
+        except SQS_ERRORS:
+            self.called(operation, "error")
+            raise
+        self.called(operation, "ok")
 
 
 def open_client(url: str) -> SQSClient:

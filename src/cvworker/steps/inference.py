@@ -63,6 +63,7 @@ class Inference:
         self._room = threading.Condition()
         self._suspects: set[int] = set()
         self._progress_at = clock.monotonic()
+        self._taking = False
         self._batch_since: float | None = None
         self._restarts = 0
         self._stopping = False
@@ -147,8 +148,9 @@ class Inference:
             link = self._link
             assert link is not None
             for frame in link.frames():
-                self._progress_at = self._clock.monotonic()
+                self._taking = True
                 self._take(frame)
+                self._taking, self._progress_at = False, self._clock.monotonic()
             link.close()
             if self._stopping:
                 return
@@ -212,6 +214,9 @@ class Inference:
         except StartupError:
             new.kill()
             raise
+        if self._stopping:
+            new.kill()
+            return
         with self._room:
             self._link = new
             self._progress_at = self._clock.monotonic()
@@ -227,7 +232,8 @@ class Inference:
             pause.wait(LOOK_S)
             now, since, link = self._clock.monotonic(), self._batch_since, self._link
             stuck = since is not None and now - since > limit
-            silent = bool(self._jobs) and now - self._progress_at > limit * SILENCE_FACTOR
+            # While a result waits for room, frames lie unread, and the silence is not the process's.
+            silent = bool(self._jobs) and not self._taking and now - self._progress_at > limit * SILENCE_FACTOR
             if (stuck or silent) and link is not None and not self._stopping:
                 log.error("the model process hangs; it is ended", pid=link.pid, in_process=stuck)
                 self._progress_at, self._batch_since = now, None
