@@ -452,7 +452,17 @@ def test_proxies_of_the_environment_are_not_used(clock: StepClock, monkeypatch: 
     watching(clock, scenario, Metadata(NOTICE))
 
 
-def test_the_metadata_endpoint_is_found_as_the_sdks_find_it():
+def test_no_metadata_service_is_asked_where_the_machine_is_not_ec2s(tmp_path, monkeypatch):
+    monkeypatch.setattr("cvworker.surroundings.MACHINE_SAYS", {str(tmp_path / "vendor"): "amazon ec2"})
+    assert _metadata_endpoint({}) is None
+    (tmp_path / "vendor").write_text("QEMU\n")
+    assert _metadata_endpoint({}) is None
+
+
+def test_the_metadata_endpoint_is_found_as_the_sdks_find_it(tmp_path, monkeypatch):
+    vendor = tmp_path / "vendor"
+    vendor.write_text("Amazon EC2\n")
+    monkeypatch.setattr("cvworker.surroundings.MACHINE_SAYS", {str(vendor): "amazon ec2"})
     assert _metadata_endpoint({}) == METADATA
     assert _metadata_endpoint({"AWS_EC2_METADATA_DISABLED": "false"}) == METADATA
     assert _metadata_endpoint({"AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE": "IPv6"}) == "http://[fd00:ec2::254]"
