@@ -183,6 +183,7 @@ def save(network: nn.Module, path: Path, thresholds: dict[str, float], notes: di
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata | notes)
+    path.chmod(0o644)  # safetensors makes files that only their owner can read, and containers run as someone else
 
 
 def main() -> None:

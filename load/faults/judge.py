@@ -12,6 +12,8 @@ from load.faults.requests import UNANSWERABLE
 
 RETRY_BASE_S, RETRY_CAP_S, JITTER = 5.0, 900.0, 0.2
 """The delays of the contracts: 5 s x 2^n by receive count, capped, give or take a fifth."""
+LONGEST_PAUSE_S = 60.0
+"""A host that fails again and again is left alone for so long at most; answers for it wait as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ class _Message:
     holders: dict[str, int] = field(default_factory=dict)
     """Worker → the seconds it asked for: those who have it, and have not settled it."""
     newest: str = ""
+    duplicates: int = 0
     had_by: set[str] = field(default_factory=set)
 
 
@@ -116,6 +119,7 @@ class _Judge:
         m.receives, m.gone, m.newest = e.count, False, e.worker
         if DUPLICATE in e.note:
             m.cause = True
+            m.duplicates += 1
             m.excuses += bool(m.had_by - {e.worker})
         elif self.rules.most_receives and e.count > self.rules.most_receives:
             self.breach("received again", e.message, f"receive {e.count}")
@@ -135,7 +139,7 @@ class _Judge:
         if e.seconds == 0:
             if e.worker not in self.stopping:
                 self.breach("given back by a worker that does not stop", e.message, e.worker)
-        elif not any(_is_delay(e.seconds, count) for count in range(1, m.receives + 1)):
+        elif not any(_is_delay(e.seconds, m.receives - n) for n in range(m.duplicates + 1)):
             self.breach("a delay that the contracts do not know", e.message, f"{e.seconds} s at receive {m.receives}")
 
     def _expired(self, e: Event, m: _Message) -> None:
@@ -210,4 +214,4 @@ def judge(events: Iterable[Event], rules: Rules | None = None) -> Verdict:
 
 def _is_delay(seconds: int, receives: int) -> bool:
     exact = min(RETRY_BASE_S * 2.0 ** (receives - 1), RETRY_CAP_S)
-    return exact * (1 - JITTER) <= seconds <= math.ceil(min(exact * (1 + JITTER), RETRY_CAP_S))
+    return exact * (1 - JITTER) <= seconds <= math.ceil(min(max(exact, LONGEST_PAUSE_S) * (1 + JITTER), RETRY_CAP_S))
