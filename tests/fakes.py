@@ -139,7 +139,9 @@ class FakeSqs:
             attributes["RedrivePolicy"] = f'{{"maxReceiveCount": "{self.max_receives}", "deadLetterTargetArn": "arn"}}'
         return {"Attributes": attributes}
 
-    def receive_message(self, *, MaxNumberOfMessages: int, WaitTimeSeconds: int, VisibilityTimeout: int, **_: Any) -> Any:  # noqa: N803
+    def receive_message(
+        self, *, MaxNumberOfMessages: int, WaitTimeSeconds: int, VisibilityTimeout: int, **_: Any
+    ) -> Any:  # noqa: N803
         assert 1 <= MaxNumberOfMessages <= 10
         with self._changed:
             self.calls.append(("receive", [{"max": MaxNumberOfMessages, "visibility": VisibilityTimeout}]))

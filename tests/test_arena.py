@@ -243,8 +243,15 @@ class ArenaMachine(RuleBasedStateMachine):
             assert self.arena.memory[slot.offset] == self.arena.memory[slot.offset + slot.room - 1] == fill[0]
 
     def largest_gap(self) -> int:
-        edges = [0, *(edge for slot in sorted(self.live, key=lambda slot: slot.offset) for edge in
-                      (slot.offset, slot.offset + slot.room)), self.arena.size]
+        edges = [
+            0,
+            *(
+                edge
+                for slot in sorted(self.live, key=lambda slot: slot.offset)
+                for edge in (slot.offset, slot.offset + slot.room)
+            ),
+            self.arena.size,
+        ]
         return max(end - start for start, end in zip(edges[::2], edges[1::2], strict=True))
 
 

@@ -425,7 +425,9 @@ def test_a_stop_finishes_what_the_process_holds_and_leaves_no_process_behind(rea
 
 def test_a_module_that_cannot_run_is_told_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "broken.py"
-    path.write_text(MODULE.replace("def preprocess", "def setup(self, device): raise OSError('no weights')\n    def preprocess"))
+    path.write_text(
+        MODULE.replace("def preprocess", "def setup(self, device): raise OSError('no weights')\n    def preprocess")
+    )
     line = Line(a_config(f"{path}:Odd"), Clock())
     with pytest.raises(StartupError, match=r"module: odd\.setup raised OSError: no weights"):
         line.step.start()

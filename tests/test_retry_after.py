@@ -34,9 +34,7 @@ def test_a_number_is_seconds_from_now(value: str, seconds: float) -> None:
     ids=["IMF-fixdate", "RFC 850", "asctime"],
 )
 @pytest.mark.parametrize("zone", ["UTC", "America/New_York"])
-def test_each_of_the_three_http_dates_is_a_moment_in_gmt(
-    date: str, zone: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_of_the_three_http_dates_is_a_moment_in_gmt(date: str, zone: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TZ", zone)
     time.tzset()
     try:

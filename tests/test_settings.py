@@ -72,9 +72,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
     assert Settings().model_dump() == CONTRACT
 
 
-def test_a_flag_wins_over_the_environment_and_that_over_the_file(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_flag_wins_over_the_environment_and_that_over_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / ".env").write_text("CVWORKER_BATCH_SIZE=2\nCVWORKER_MAX_WAIT_MS=2\nCVWORKER_MAX_LEASE=222\n")
     monkeypatch.setenv("CVWORKER_BATCH_SIZE", "3")
     monkeypatch.setenv("CVWORKER_MAX_WAIT_MS", "3")

@@ -19,7 +19,7 @@ missing. ``duplicate`` delivers a message that is in flight, ``ghost`` one that 
 
 
 class Chance:
-    """Decides by seed, kind, key and how often that key was asked for: the order in which calls arrive changes nothing."""
+    """Decides by seed, key and how often that key was asked for: the order in which calls arrive changes nothing."""
 
     def __init__(self, seed: int, rate: float = 0.0) -> None:
         self.seed = seed

@@ -7,7 +7,6 @@ import json
 from collections import Counter
 
 from aiohttp import web
-
 from load.faults.chance import Chance
 from load.faults.ledger import Kind, Ledger
 from load.faults.requests import picture, wrong

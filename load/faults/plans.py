@@ -7,6 +7,11 @@ from dataclasses import dataclass, field
 
 from load.faults.judge import Rules
 
+QUICK = {"preprocess_workers": "1", "shutdown_grace": "10"}
+"""One worker must leave cores for others; a short grace makes long polls short, and so the end of a run."""
+FAILING = {"download_timeout": "3", "callback_timeout": "5"}
+STALLING = {"stall_timeout": "3"}
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -27,12 +32,13 @@ class Plan:
     stops: int = 0
     """SIGTERMs, likewise, and nobody new."""
     kill_every: float = 0.0
-    """With ``seconds``: the first worker is ended so often, by SIGKILL and SIGTERM in turn, and followed by a new one."""
+    """With ``seconds``: the first worker ends about so often, by SIGKILL and SIGTERM in turn, and a new one follows."""
     visibility: int = 15
     """Seconds; with failures none of the contracts' delays, from which an extension could not be told."""
     max_receives: int = 3
     callback_takes: float = 0.0
-    flags: tuple[str, ...] = ("--download-timeout", "3", "--callback-timeout", "5", "--preprocess-workers", "1")
+    flags: Mapping[str, str] = field(default_factory=lambda: {**QUICK, **FAILING})
+    """Settings of the workers."""
     within: float = 120.0
     """Seconds for the queue to become empty, once everything is sent."""
     rules: Rules = field(default_factory=Rules)
@@ -49,7 +55,6 @@ MIXED = {
     "refused": 0.01,
     "mute": 0.01,
 }
-STALL = ("--stall-timeout", "3")
 
 PLANS = {
     "kills": Plan("kill -9 at random moments, a new worker each time", messages=2000, kills=10),
@@ -59,7 +64,7 @@ PLANS = {
         messages=100,
         visibility=5,
         callback_takes=12,
-        flags=("--preprocess-workers", "1"),
+        flags=QUICK,
         rules=Rules(most_receives=1, calls_per_message=5),
     ),
     "stop": Plan(
@@ -75,7 +80,7 @@ PLANS = {
         "one picture in a hundred ends its process or hangs in it",
         messages=400,
         natures={"segfaults": 0.005, "hangs": 0.005},
-        flags=("--preprocess-workers", "1", *STALL),
+        flags={**QUICK, **STALLING},
         rules=Rules(most_receives=1),
     ),
     "mixed": Plan(
@@ -86,16 +91,7 @@ PLANS = {
         workers=2,
         kill_every=20,
         max_receives=4,
-        flags=(
-            "--download-timeout",
-            "3",
-            "--callback-timeout",
-            "5",
-            "--preprocess-workers",
-            "1",
-            "--stall-timeout",
-            "10",
-        ),
+        flags={**QUICK, **FAILING, "stall_timeout": "10"},
         within=240,
     ),
 }

@@ -8,9 +8,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from PIL import Image
-
 from load.faults.module import GOOD, HANGS, RAISES, SEGFAULTS
+from PIL import Image
 
 ERRORS = {
     "missing": "image_not_found",

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from aiohttp import web
-
 from load.faults.chance import Chance
 from load.faults.judge import Verdict, Violation, judge
 from load.faults.ledger import Event, Ledger
@@ -94,8 +93,7 @@ class Run:
 
     async def _start(self) -> Worker:
         environment = {"AWS_ENDPOINT_URL_SQS": self._url, "CVWORKER_QUEUE_URL": f"{self._url}/{ACCOUNT}/images"}
-        for name, value in zip(self.plan.flags[::2], self.plan.flags[1::2], strict=True):
-            environment["CVWORKER_" + name.strip("-").replace("-", "_").upper()] = value
+        environment |= {f"CVWORKER_{name.upper()}": value for name, value in self.plan.flags.items()}
         return await Worker.start(f"worker-{next(self._names)}", environment, self.folder, self.ledger)
 
     def _send_one(self) -> None:
@@ -197,7 +195,7 @@ def summary(report: Report) -> list[str]:
     """The report in lines for people."""
     counts = report.verdict.counts
     names = ("sent", "received", "accepted", "answered", "in the dead-letter queue", "repeats", "held at a kill")
-    lines = [
+    return [
         ", ".join(f"{name} {counts[name]}" for name in names),
         f"SQS calls {counts['call']} ({counts['call'] / max(1, counts['sent']):.2f} per message), "
         f"extended {counts['extended']}, expired {counts['expired']}, "
@@ -206,4 +204,3 @@ def summary(report: Report) -> list[str]:
         f"the worker watched: {told(report.samples)}",
         f"took {report.took:.1f} s; stops took {', '.join(f'{s:.1f}' for s in report.stops_took)} s",
     ]
-    return lines

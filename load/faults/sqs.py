@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
-
 from load.faults.chance import Chance
 from load.faults.ledger import DUPLICATE, STALE, UNDELIVERED, Kind, Ledger
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
-
 from load.faults.ledger import Kind, Ledger
 
 MODULE = f"{Path(__file__).parent / 'module.py'}:Fragile"
@@ -101,9 +100,11 @@ class Worker:
     async def orphans(self, within: float) -> list[psutil.Process]:
         """Children that are still there so long after its end."""
         until = self._ledger.clock() + within
-        while (left := [each for each in self.family if _runs(each)]) and self._ledger.clock() < until:
+        while True:
+            left = [each for each in self.family if _runs(each)]
+            if not left or self._ledger.clock() > until:
+                return left
             await asyncio.sleep(0.2)
-        return left
 
 
 _AWS = {

@@ -49,7 +49,7 @@ class Check(Settings):
             _say("hooks", f"preprocess {ready['preprocess_ms']} ms → {ready['shapes']}; process {ready['process_ms']} ms")
             result = _through(link, arena, base64.b64decode(ready["example_png"]))
         finally:
-            link.kill()
+            link.stop(timeout=5)
         _say("example", json.dumps(result)[:500])
         print(f"cvworker check: {self.module} is ready to run")
         return 0

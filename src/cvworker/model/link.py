@@ -38,7 +38,7 @@ class ModelLink:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "cvworker.model", str(theirs.fileno()), str(arena_fd)],
                 pass_fds=(theirs.fileno(), arena_fd),
-                env={k: v for k, v in os.environ.items() if not k.startswith(HIDDEN_PREFIXES)},
+                env=_environment(),
                 stdin=subprocess.DEVNULL,
             )
         self._connection = Connection(ours.detach())
@@ -101,3 +101,11 @@ class ModelLink:
                 self._connection.send_bytes(json.dumps(frame).encode())
         except OSError:
             pass
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(HIDDEN_PREFIXES)}
+    # What is killed cannot clean up; the tracker does so for it, and need not say so on the user's terminal.
+    quiet = "ignore::UserWarning:multiprocessing.resource_tracker"
+    kept["PYTHONWARNINGS"] = ",".join(filter(None, [kept.get("PYTHONWARNINGS"), quiet]))
+    return kept
