@@ -141,7 +141,7 @@ class FakeSqs:
 
     def receive_message(
         self, *, MaxNumberOfMessages: int, WaitTimeSeconds: int, VisibilityTimeout: int, **_: Any
-    ) -> Any:  # noqa: N803
+    ) -> Any:
         assert 1 <= MaxNumberOfMessages <= 10
         with self._changed:
             self.calls.append(("receive", [{"max": MaxNumberOfMessages, "visibility": VisibilityTimeout}]))
@@ -158,10 +158,10 @@ class FakeSqs:
             taken = [self._deliver(m, VisibilityTimeout) for m in self._visible()[:MaxNumberOfMessages]]
             return {"Messages": taken} if taken else {}
 
-    def delete_message_batch(self, *, Entries: list[dict[str, Any]], **_: Any) -> dict[str, Any]:  # noqa: N803
+    def delete_message_batch(self, *, Entries: list[dict[str, Any]], **_: Any) -> dict[str, Any]:
         return self._batch("delete", Entries, self._delete)
 
-    def change_message_visibility_batch(self, *, Entries: list[dict[str, Any]], **_: Any) -> dict[str, Any]:  # noqa: N803
+    def change_message_visibility_batch(self, *, Entries: list[dict[str, Any]], **_: Any) -> dict[str, Any]:
         return self._batch("change", Entries, self._change)
 
     def close(self) -> None:

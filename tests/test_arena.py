@@ -6,6 +6,7 @@ import asyncio
 import mmap
 import random
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -238,7 +239,7 @@ class ArenaMachine(RuleBasedStateMachine):
     @invariant()
     def slots_hold_what_was_written_and_do_not_overlap(self) -> None:
         taken = sorted((slot.offset, slot.offset + slot.room) for slot in self.live)
-        assert all(end <= start for (_, end), (start, _) in zip(taken, taken[1:], strict=False))
+        assert all(end <= start for (_, end), (start, _) in pairwise(taken))
         for slot, fill in self.live.items():
             assert self.arena.memory[slot.offset] == self.arena.memory[slot.offset + slot.room - 1] == fill[0]
 

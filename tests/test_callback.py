@@ -292,10 +292,14 @@ def test_a_probe_that_says_nothing_of_its_host_leaves_the_next_to_find_out(clock
         for _ in range(OPENS_AFTER):
             hosts.failed("h")
         clock.advance(FIRST_PAUSE_S)
-        with pytest.raises(UrlNotAllowed):
+
+        async def refused() -> None:
             async with hosts.slot("h"):
                 assert hosts.paused_for("h") > 0
                 raise UrlNotAllowed("resolves to 10.0.0.1")
+
+        with pytest.raises(UrlNotAllowed):
+            await refused()
         assert hosts.paused_for("h") == 0
 
     asyncio.run(main())

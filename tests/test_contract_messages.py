@@ -163,7 +163,6 @@ def test_what_the_client_sent_is_echoed_unchanged(case: SimpleNamespace, name: s
     assert (received.json["status"], received.json["task"]) == ("ok", "picky")
     assert received.json["id"] == ECHOED[name]["id"]
     assert json.dumps(received.json["metadata"]) == json.dumps(ECHOED[name].get("metadata", {}))
-    received.body.decode("utf-8")
 
 
 @pytest.mark.parametrize("name", INVALID)
@@ -232,6 +231,14 @@ def test_all_messages_are_deleted_and_test_events_without_an_answer(case: Simple
     spoken = {received.webhook_id for received in case.here.receiver.received}
     assert not spoken & {case.sent["test event"], case.sent["test event through sns"]}
     assert not case.here.receiver.duplicates
+
+
+def test_every_answer_is_strict_json_in_utf_8(case: SimpleNamespace) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    for received in case.here.receiver.received:
+        json.loads(received.body.decode("utf-8"), parse_constant=refuse)
 
 
 # Without a redrive policy and without a default callback

@@ -29,7 +29,7 @@ from cvworker.steps import download
 from cvworker.steps.download import TRIES, Fetcher
 from fakes import serving
 
-MAX = 3 * PAGE
+MAX = 3 * PAGE - 100
 IMAGE = bytes(range(256)) * 20
 
 

@@ -8,6 +8,7 @@ import queue
 import random
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -428,7 +429,7 @@ def test_a_module_that_cannot_run_is_told_in_one_line(tmp_path: Path) -> None:
     path.write_text(
         MODULE.replace("def preprocess", "def setup(self, device): raise OSError('no weights')\n    def preprocess")
     )
-    line = Line(a_config(f"{path}:Odd"), Clock())
+    line = Line(replace(a_config(f"{path}:Odd"), preprocess_workers=0), Clock())
     with pytest.raises(StartupError, match=r"module: odd\.setup raised OSError: no weights"):
         line.step.start()
     line.step.kill()

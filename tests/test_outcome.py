@@ -42,8 +42,8 @@ def test_messages_that_wait_for_one_host_do_not_come_back_all_at_once(wished: fl
 
 
 def test_the_end_that_keeps_the_message_outranks_the_one_that_deletes_it() -> None:
-    worst_last = [ANSWERED, LEFT, Outcome(End.LATER, 5), RELEASED, LOST]
-    assert sorted(reversed(worst_last), key=lambda outcome: outcome.rank) == worst_last
+    worst_first = [LOST, RELEASED, Outcome(End.LATER, 5), LEFT, ANSWERED]
+    assert sorted(worst_first, key=lambda outcome: outcome.rank) == worst_first[::-1]
 
 
 def test_released_messages_are_visible_at_once_and_left_ones_stay_as_they_are() -> None:

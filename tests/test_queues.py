@@ -139,14 +139,18 @@ def test_a_coroutine_that_is_cancelled_as_it_is_woken_passes_the_wake_up_on() ->
     asyncio.run(scenario())
 
 
-def test_reserved_places_are_kept_free_until_they_are_filled(pool) -> None:
-    queue, job = a_queue(2), a_job()
-    assert queue.reserve(10, timeout=0) == 2
-    put = Waiting(pool, queue.put, job)
-    assert put.waits()
-    queue.fill([], 2)
-    put.result()
-    assert queue.get() == [job]
+def test_reserved_places_are_kept_free_until_they_are_given_back() -> None:
+    async def scenario() -> None:
+        queue, first, second = a_queue(2), a_job(), a_job()
+        assert queue.reserve(10, timeout=0) == 2
+        putting = asyncio.create_task(queue.aput(second))
+        await asyncio.sleep(0)
+        assert len(queue) == 0
+        queue.fill([first], 2)
+        await asyncio.wait_for(putting, 5)
+        assert queue.get(10) == [first, second]
+
+    asyncio.run(scenario())
 
 
 def test_a_reserve_takes_what_comes_free_while_it_waits(pool) -> None:

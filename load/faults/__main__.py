@@ -29,13 +29,7 @@ def main() -> int:
     parser.add_argument("--logs", type=Path, help="folder for the workers' logs (default: a temporary one)")
     for name, kind in (("messages", int), ("seconds", float), ("workers", int), ("kills", int), ("stops", int)):
         parser.add_argument(f"--{name}", type=kind)
-    for name, kind in (
-        ("rate", float),
-        ("kill-every", float),
-        ("visibility", int),
-        ("backlog", int),
-        ("within", float),
-    ):
+    for name, kind in (("rate", float), ("kill-every", float), ("visibility", int), ("backlog", int)):
         parser.add_argument(f"--{name}", type=kind)
     given = vars(parser.parse_args())
     scenario, seed, logs = given.pop("scenario"), given.pop("seed"), given.pop("logs")

@@ -78,7 +78,7 @@ PLANS = {
     ),
     "poison": Plan(
         "one picture in a hundred ends its process or hangs in it",
-        messages=400,
+        messages=300,
         natures={"segfaults": 0.005, "hangs": 0.005},
         flags={**QUICK, **STALLING},
         rules=Rules(most_receives=1),

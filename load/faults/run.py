@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,8 @@ from load.faults.watch import Sample, grown, look, told
 from load.faults.workers import Worker
 
 LOOK_S = 0.05
-SAMPLE_S = 2.0
+SAMPLES, SAMPLE_S = 200, 1.0
+"""Measurements in a run, and the least seconds between two."""
 STOP_WITHIN_S = 30.0
 """The worker's grace is 25 s."""
 ORPHANS_S = 15.0
@@ -121,7 +122,7 @@ class Run:
         ends = plan.kills + plan.stops
         for n in range(ends):
             point = plan.messages * (n + chance.random()) / (ends + 0.5)
-            await self._until(lambda point=point: self.peers.accepted >= point, plan.within)  # type: ignore[misc]
+            await self._until(lambda point=point: self.peers.accepted >= point, plan.within)
             await asyncio.sleep(chance.random() * 0.2)
             await self._replace(kill=n < plan.kills, new=n < plan.kills)
         until = self.ledger.clock() + plan.seconds
@@ -155,11 +156,11 @@ class Run:
             sample = await asyncio.to_thread(lambda: look(worker.tree()))
             if sample is not None:
                 self.samples.append(sample)
-            await asyncio.sleep(max(SAMPLE_S, self.plan.seconds / 200))
+            await asyncio.sleep(max(SAMPLE_S, self.plan.seconds / SAMPLES))
 
-    async def _until(self, condition: object, within: float) -> bool:
+    async def _until(self, condition: Callable[[], bool], within: float) -> bool:
         until = self.ledger.clock() + within
-        while not condition():  # type: ignore[operator]
+        while not condition():
             if self.ledger.clock() > until:
                 return False
             self.sqs.sweep()

@@ -8,8 +8,8 @@ from dataclasses import astuple, dataclass
 
 import psutil
 
-SAMPLES = 12
-"""Fewer say nothing about growth."""
+SAMPLES = 60
+"""Fewer say nothing about growth: queues, pools and caches are still filling."""
 MEMORY_SHARE, MEMORY_BYTES = 0.05, 16 * 2**20
 MORE_THREADS, MORE_DESCRIPTORS, MORE_PROCESSES = 2, 16, 0
 

@@ -10,7 +10,6 @@ One :class:`AddressGuard` decides for all threads; each event loop has a :class:
 from __future__ import annotations
 
 import asyncio
-import functools
 import ipaddress
 import re
 import socket
@@ -24,13 +23,17 @@ from urllib.parse import urljoin
 import aiohttp
 import yarl
 from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.client_reqrep import ConnectionKey
 
+from cvworker.addresses import refusal as _refusal
+from cvworker.egress import PORTS, port_ranges
 from cvworker.errors import DownloadFailed, StartupError, UrlNotAllowed
 
 MAX_REDIRECTS = 5
 LOOKUP_TIMEOUT = 5.0  # seconds; libc itself waits 5 s, twice, for each name server
 LOOKUPS_AT_ONCE = 64  # per session, and so at most that many threads wait for silent name servers
 DNS_CACHE_SECONDS = 10  # how long a checked answer serves new connections to the same host
+HOSTS_REMEMBERED = 1000
 
 # Blocking: the addresses of a host name, or OSError. The port is only there for `getaddrinfo`.
 Lookup = Callable[[str, int], Sequence[str]]
@@ -43,65 +46,6 @@ _AUTHORITY = re.compile(r"(?P<host>\[[^\[\]]*\]|[^\[\]:]+)(?::(?P<port>[0-9]{0,5
 _HOST_NAME = re.compile(r"(?!.{254})[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
 _ENDS_IN_NUMBER = re.compile(r"(^|\.)([0-9]+|0x[0-9a-f]*)$")
 _AS_SENT = re.compile(r"(?:[!$&-;=?-\[\]_a-z~]|%[0-9A-Fa-f]{2})*")  # path and query that need no quoting
-
-# The IANA special-purpose registries, what `ipaddress` knows, and what neither has. No public checker is complete.
-_REFUSED_V4 = {
-    "0.0.0.0/8": "this host",
-    "10.0.0.0/8": "private network",
-    "100.64.0.0/10": "carrier-grade NAT",
-    "127.0.0.0/8": "loopback",
-    "168.63.129.16/32": "Azure platform",  # public by number, answers inside every virtual network
-    "169.254.0.0/16": "link-local",  # and with it the metadata services
-    "172.16.0.0/12": "private network",
-    "192.0.0.0/24": "protocol assignments",
-    "192.0.2.0/24": "documentation",
-    "192.31.196.0/24": "AS112",
-    "192.52.193.0/24": "AMT relay",
-    "192.88.99.0/24": "6to4 relay",
-    "192.168.0.0/16": "private network",
-    "192.175.48.0/24": "AS112",
-    "198.18.0.0/15": "benchmarking",
-    "198.51.100.0/24": "documentation",
-    "203.0.113.0/24": "documentation",
-    "224.0.0.0/4": "multicast",
-    "240.0.0.0/4": "reserved",
-}
-# Within 2000::/3, outside of which no address is public: loopback, unique local, link-local, site-local, multicast,
-# 100::/64, 5f00::/16, and the deprecated ways to write IPv4 (::a.b.c.d, ::ffff:0:a.b.c.d, 64:ff9b:1::/48).
-_REFUSED_V6 = {
-    "2001::/23": "protocol assignments",  # Teredo, benchmarking, ORCHID, AMT, AS112
-    "2001:db8::/32": "documentation",
-    "2002::/16": "6to4",  # the relays are gone: whatever answers is on our own network
-    "2620:4f:8000::/48": "AS112",
-    "3ffe::/16": "6bone",
-    "3fff::/20": "documentation",
-}
-_V4 = [(ipaddress.IPv4Network(network), why) for network, why in _REFUSED_V4.items()]
-_V6 = [(ipaddress.IPv6Network(network), why) for network, why in _REFUSED_V6.items()]
-_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
-
-
-@functools.lru_cache(4096)
-def _refusal(address: str) -> str | None:
-    """Why ``address`` is not one of the public internet, or None."""
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return "not an IP address"
-    if isinstance(ip, ipaddress.IPv4Address):
-        known = next((why for network, why in _V4 if ip in network), None)
-        return known or (None if ip.is_global else "special purpose")
-
-    number = int(ip)
-    embedded = str(ipaddress.IPv4Address(number & 0xFFFFFFFF))
-    if number >> 32 in (0xFFFF, 0x64FF9B << 64):
-        return _refusal(embedded)  # ::ffff:0:0/96 and 64:ff9b::/96 (NAT64) are IPv4 and nothing else
-    if ip not in _GLOBAL_UNICAST:
-        return "not global unicast"
-    known = next((why for network, why in _V6 if ip in network), None)
-    if known is None and (number >> 32) & 0xFCFFFFFF == 0x5EFE:  # ISATAP, which any prefix can carry
-        known = _refusal(embedded)
-    return known or (None if ip.is_global else "special purpose")
 
 
 def _canonical_host(text: str) -> str:
@@ -127,12 +71,23 @@ class AddressGuard:
     """Decides which URLs and addresses may be used. Immutable and without I/O: one for all threads.
 
     ``allowed_hosts`` are ``host`` or ``host:port``, compared with the URL's own text and exempt from every check of
-    address and port. ``allow_private_networks`` lifts these checks for all hosts (development). Raises StartupError
-    for an entry that is neither form.
+    address and port. ``allow_private_networks`` lifts these checks for all hosts (development). ``allowed_ports`` are
+    ports or ranges of them. ``proxy``, an HTTP proxy's URL, is the operator's and not checked: see GuardedSession.
+    Raises StartupError for a host that is neither form.
     """
 
-    def __init__(self, *, allowed_hosts: Collection[str] = (), allow_private_networks: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        allowed_hosts: Collection[str] = (),
+        allow_private_networks: bool = False,
+        allowed_ports: Collection[str] = PORTS,
+        proxy: str | None = None,
+    ) -> None:
         self.allow_private_networks = allow_private_networks
+        self.proxy = yarl.URL(proxy) if proxy else None
+        self._ports = port_ranges(allowed_ports)
+        self._ports_shown = ", ".join(allowed_ports) or "those of allowed_hosts"
         self._exempt = frozenset(_exempt_entry(entry) for entry in allowed_hosts)
 
     def check_url(self, url: str) -> yarl.URL:
@@ -178,8 +133,8 @@ class AddressGuard:
             raise UrlNotAllowed(f"{address} is not a public address ({why})")
 
     def _check_place(self, host: str, port: int) -> None:
-        if not (port in (80, 443) or port > 1024):
-            raise UrlNotAllowed(f"port {port} is not allowed, only 80, 443 and those above 1024")
+        if not any(port in ports for ports in self._ports):
+            raise UrlNotAllowed(f"port {port} is not allowed, only {self._ports_shown}")
         if host == "localhost" or host.endswith(".localhost"):
             raise UrlNotAllowed("the URL's host is localhost")
         if host.startswith("[") or _ENDS_IN_NUMBER.search(host):
@@ -281,6 +236,10 @@ class _Lookups:
         return answer
 
 
+class EgressProxyUnknown(aiohttp.ClientConnectionError):
+    """The egress proxy's name does not resolve; its name is no business of a client's."""
+
+
 class _Resolver(AbstractResolver):
     """Gives aiohttp the addresses to dial, or refuses the host if any one of them is refused."""
 
@@ -319,8 +278,12 @@ class GuardedSession:
     a connection is made; a name that does not resolve within ``lookup_timeout`` seconds raises
     aiohttp.ClientConnectorDNSError; otherwise TimeoutError and aiohttp.ClientError, as aiohttp does.
 
+    With a proxy of the guard's, every request goes through it: no host has a way round. Names are resolved and checked
+    here as ever, and one that does not resolve here is not handed over. But the proxy is given the name, not the
+    address, and resolves it again: it has to refuse private addresses by itself, too.
+
     Bodies are handed over as they came, not decompressed, so that callers can cap them. Cookies are not kept. Proxies
-    and credentials in the environment are not used: a proxy would dial on our behalf, unchecked.
+    and credentials in the environment are not used: such a proxy would dial on our behalf, unasked.
     """
 
     def __init__(
@@ -337,6 +300,8 @@ class GuardedSession:
     ) -> None:
         self._guard = guard
         lookups = _Lookups(lookup, lookup_timeout)
+        self._resolver = _Resolver(lookups, checked=True)
+        self._resolved: dict[str, float] = {}  # hosts to hand to the proxy, and until when that is settled
 
         def session(*, checked: bool) -> aiohttp.ClientSession:
             connector = aiohttp.TCPConnector(
@@ -344,7 +309,7 @@ class GuardedSession:
                 limit_per_host=limit_per_host,
                 keepalive_timeout=keepalive_timeout,
                 ssl=ssl_context or True,
-                resolver=_Resolver(lookups, checked=checked),
+                resolver=self._resolver if checked else _Resolver(lookups, checked=False),
                 socket_factory=self._open_socket if checked else None,
                 ttl_dns_cache=DNS_CACHE_SECONDS,
             )
@@ -411,8 +376,30 @@ class GuardedSession:
     async def _request(
         self, method: str, url: yarl.URL, headers: Mapping[str, str] | None, data: bytes | None = None
     ) -> aiohttp.ClientResponse:
-        session = self._unchecked if self._guard.is_unchecked(url) else self._checked
-        return await session.request(method, url, headers=headers, data=data, allow_redirects=False)
+        proxy, unchecked = self._guard.proxy, self._guard.is_unchecked(url)
+        if proxy is not None and not unchecked:
+            await self._check_names(url)
+        session = self._unchecked if unchecked or proxy is not None else self._checked
+        try:
+            return await session.request(method, url, headers=headers, data=data, allow_redirects=False, proxy=proxy)
+        except aiohttp.ClientConnectorDNSError:
+            if proxy is None:
+                raise
+            raise EgressProxyUnknown("the egress proxy's name does not resolve") from None
+
+    async def _check_names(self, url: yarl.URL) -> None:
+        """Refuse, or fail for, a host to be handed to the proxy, as if it were dialled from here."""
+        host, port, now = url.raw_host or "", url.port or 0, asyncio.get_running_loop().time()
+        if ":" in host or _ENDS_IN_NUMBER.search(host) or self._resolved.get(host, 0.0) > now:
+            return  # an address was checked with the URL
+        try:
+            await self._resolver.resolve(host, port)
+        except OSError as error:
+            key = ConnectionKey(host, port, url.scheme == "https", True, None, None, None)
+            raise aiohttp.ClientConnectorDNSError(key, error) from None
+        if len(self._resolved) >= HOSTS_REMEMBERED:
+            self._resolved.clear()
+        self._resolved[host] = now + DNS_CACHE_SECONDS
 
     def _redirected(self, url: yarl.URL, location: str) -> yarl.URL:
         try:

@@ -6,13 +6,26 @@ import difflib
 import json
 import os
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ByteSize, Field, SecretStr, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SecretsSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from cvworker.egress import PORTS, check_proxy, port_ranges, without_credentials
 
 PREFIX = "CVWORKER_"
 MIB = 1024 * 1024
+SECRETS_VARIABLE = "CVWORKER_SECRETS_DIR"
+SECRETS_DIR = Path("/run/secrets")
+"""Where Docker and Podman put a container's secrets, a file for each."""
 
 
 def _split(value: Any) -> Any:
@@ -22,7 +35,17 @@ def _split(value: Any) -> Any:
     text = value.strip()
     if re.match(r'\[\s*["\]]', text):  # and not [::1]:8080, a host
         return json.loads(text)
-    return [item.strip() for item in text.split(",") if item.strip()]
+    return [item.strip() for item in re.split("[,\n]", text) if item.strip()]  # lines: in a secret's file
+
+
+def _ports(entries: list[str]) -> list[str]:
+    port_ranges(entries)
+    return entries
+
+
+def _proxy(url: SecretStr) -> SecretStr:
+    check_proxy(url.get_secret_value())
+    return url
 
 
 def setting(group: str, default: Any, description: str, unit: str = "", **constraints: Any) -> Any:
@@ -35,6 +58,38 @@ AutoInt = Literal["auto"] | Annotated[int, Field(ge=1)]
 AutoCount = Literal["auto"] | Annotated[int, Field(ge=0)]
 TextList = Annotated[list[str], NoDecode, BeforeValidator(_split)]
 SecretList = Annotated[list[SecretStr], NoDecode, BeforeValidator(_split)]
+PortList = Annotated[list[str], NoDecode, BeforeValidator(_split), AfterValidator(_ports)]
+ProxyUrl = Annotated[SecretStr, AfterValidator(_proxy)]
+
+
+def _secrets_dir() -> Path | None:
+    """Where secrets lie as files: the directory that is named, or the usual one where it can be read.
+
+    Raises OSError where the one named cannot.
+    """
+    if named := os.environ.get(SECRETS_VARIABLE):
+        directory = Path(named).expanduser()
+        os.scandir(directory).close()
+        return directory
+    usual = SECRETS_DIR.is_dir() and os.access(SECRETS_DIR, os.R_OK | os.X_OK)
+    return SECRETS_DIR if usual else None
+
+
+class _SecretFiles(SecretsSettingsSource):
+    """Settings in files named like their variables; what cannot be read is told in one line."""
+
+    def __init__(self, settings_cls: type[BaseSettings]) -> None:
+        try:
+            super().__init__(settings_cls, _secrets_dir())
+        except OSError as error:
+            raise SettingsError(f"{SECRETS_VARIABLE}: {error.filename}: {error.strerror}") from None
+
+    def __call__(self) -> dict[str, Any]:
+        try:
+            return super().__call__()
+        except (OSError, UnicodeDecodeError) as error:
+            place = getattr(error, "filename", None) or self.secrets_dir
+            raise SettingsError(f"{SECRETS_VARIABLE}: a file in {place} cannot be read") from None
 
 
 class Settings(BaseSettings):
@@ -56,7 +111,9 @@ class Settings(BaseSettings):
         validate_default=False,
     )
 
-    queue_url: str | None = setting("Queue", None, "SQS queue to consume; region, credentials and endpoint: boto3's chain")
+    queue_url: str | None = setting(
+        "Queue", None, "SQS queue to consume; region, credentials and endpoint: boto3's chain"
+    )
     visibility_timeout: int | None = setting(
         "Queue", None, "Asked for at each receive and extension; default: the queue's own", "seconds", ge=1, le=43200
     )
@@ -80,7 +137,9 @@ class Settings(BaseSettings):
     stall_timeout: float = setting("Module", 120, "A step may make no progress for this long", "seconds", gt=0)
 
     download_threads: AutoInt = setting("Images", "auto", "The thread pool that downloads")
-    download_concurrency: AutoInt = setting("Images", "auto", "Downloads under way at once; auto follows need, up to 256")
+    download_concurrency: AutoInt = setting(
+        "Images", "auto", "Downloads under way at once; auto follows need, up to 256"
+    )
     download_timeout: float = setting("Images", 20, "The whole download, whatever its pace", "seconds", gt=0)
     max_image_bytes: ByteSize = setting("Images", ByteSize(20 * MIB), "Larger images are refused", "bytes", ge=1)
     max_image_pixels: int = setting("Images", 50_000_000, "Larger images are refused", "pixels", ge=1)
@@ -89,10 +148,22 @@ class Settings(BaseSettings):
         "Images", [], "Buckets that s3:// image URLs may name; the weights' bucket is always allowed"
     )
     allow_private_networks: bool = setting("Images", False, "Turn the address check off (development only)")
+    allowed_ports: PortList = setting(
+        "Images", list(PORTS), "Ports, or ranges such as 8000-8999, that URLs of images, callbacks and weights may name"
+    )
+    egress_proxy: ProxyUrl | None = setting(
+        "Images",
+        None,
+        "http://[user:password@]host:port of a proxy that all downloads, callbacks and https weights go through; "
+        "URLs and names are checked as without it. Not for S3 and SQS: boto3 has its own",
+    )
 
     callback_url: str | None = setting("Callbacks", None, "Where answers go that name no callback_url of their own")
     callback_secret: SecretList = setting(
-        "Callbacks", [], "Standard Webhooks signing secrets (whsec_...); several sign with each; never as a flag"
+        "Callbacks",
+        [],
+        "Standard Webhooks signing secrets (whsec_...); several sign with each; never as a flag. Also read from the "
+        f"file cvworker_callback_secret in the directory {SECRETS_VARIABLE}, by default /run/secrets",
     )
     callback_timeout: float = setting("Callbacks", 15, "One whole callback exchange", "seconds", gt=0)
     callback_concurrency: int = setting("Callbacks", 64, "Callbacks under way at once", ge=1)
@@ -127,6 +198,22 @@ class Settings(BaseSettings):
             )
         return self
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,  # not used: its directory is fixed with the class
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags win over variables, those over ``.env``, and that over files of secrets."""
+        return init_settings, env_settings, dotenv_settings, _SecretFiles(settings_cls)
+
+    @property
+    def proxy(self) -> str | None:
+        return self.egress_proxy.get_secret_value() if self.egress_proxy else None
+
     @property
     def secrets(self) -> list[str]:
         return [secret.get_secret_value() for secret in self.callback_secret]
@@ -135,7 +222,9 @@ class Settings(BaseSettings):
         """The settings in force, for people and logs: no secret, and no query string of a URL."""
         values = self.model_dump(mode="json")
         for name, field in Settings.model_fields.items():
-            if "SecretStr" in str(field.annotation):
+            if name == "egress_proxy":
+                values[name] = without_credentials(self.proxy) if self.proxy else None
+            elif "SecretStr" in str(field.annotation):
                 values[name] = ["***"] * len(values[name])
             elif name.endswith("_url") and values[name]:
                 values[name] = re.sub(r"[?#].*", "", values[name])
@@ -156,7 +245,7 @@ def unknown_variables(known: set[str]) -> list[str]:
     lines = []
     for variable in sorted(os.environ):
         name = variable.removeprefix(PREFIX).lower()
-        if variable.startswith(PREFIX) and name not in known:
+        if variable.startswith(PREFIX) and name not in known and variable != SECRETS_VARIABLE:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {PREFIX}{close[0].upper()}?" if close else ""
             lines.append(f"{variable} is not a setting and is ignored{hint}")

@@ -68,7 +68,7 @@ class Worker:
         self.metrics = metrics
         self.clock = clock
         require(s, "module", "queue_url")
-        self.guard = AddressGuard(allowed_hosts=s.allowed_hosts, allow_private_networks=s.allow_private_networks)
+        self.guard = guard_of(s)
         self._signer = signer_of(s, self.guard)
         self.queue = Queue.open(s.queue_url or "", receive_threads=s.receive_threads, wait_s=long_poll(s))
         self.queue.called = metrics.sqs_called
@@ -87,7 +87,7 @@ class Worker:
             batch_size=s.batch_size,
         )
         self.heartbeat = Heartbeat(self.queue, self.leases, clock, metrics.lease_event)
-        self.acks = Acks(self.queue, clock, self._ended)
+        self.acks = Acks(self.queue, clock, self._ended, self.leases.visibility_calls)
         self.custody = Custody(
             self.leases,
             clock,
@@ -320,6 +320,16 @@ def require(s: Settings, *names: str) -> None:
     if s.processes > 1:
         raise StartupError("processes: more than 1 is not available in this version; run more containers instead")
     check_spec(s.module or "")
+
+
+def guard_of(s: Settings) -> AddressGuard:
+    """What decides where URLs may lead; raises StartupError for an entry that will not do."""
+    return AddressGuard(
+        allowed_hosts=s.allowed_hosts,
+        allow_private_networks=s.allow_private_networks,
+        allowed_ports=s.allowed_ports,
+        proxy=s.proxy,
+    )
 
 
 def signer_of(s: Settings, guard: AddressGuard) -> Signer | None:

@@ -26,13 +26,12 @@ class Check(Settings):
         from cvworker.arena import Arena
         from cvworker.errors import StartupError
         from cvworker.model.link import ModelLink
-        from cvworker.net import AddressGuard
         from cvworker.observe.logs import configure
-        from cvworker.worker import model_config, require, signer_of
+        from cvworker.worker import guard_of, model_config, require, signer_of
 
         configure(self.log_format, "error" if self.log_level == "info" else self.log_level)
         require(self, "module")
-        guard = AddressGuard(allowed_hosts=self.allowed_hosts, allow_private_networks=self.allow_private_networks)
+        guard = guard_of(self)
         signer = signer_of(self, guard)
         for line in unknown_variables(set(type(self).model_fields)):
             _say("note", line)

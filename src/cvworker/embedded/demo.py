@@ -152,7 +152,7 @@ class _Run:
     def _start_worker(self, queue_url: str) -> DemoWorker:
         s = self.demo
         port = s.http_port or free_port()
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(s.http_host, s.http_host)  # noqa: S104 - a comparison
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(s.http_host, s.http_host)  # noqa: S104 - a comparison
         hosts = [server.url.removeprefix("http://") for server in (self.images, self.receiver)]
         forced = {
             "queue_url": queue_url,
@@ -163,7 +163,7 @@ class _Run:
             "http_port": str(port),
         }
         variables = environment(s, forced) | self.sqs.environment()
-        return DemoWorker(variables, log=self.log, url=f"http://{host}:{port}/")
+        return DemoWorker(variables, log=self.log, url=f"http://{f'[{host}]' if ':' in host else host}:{port}/")
 
     def _is_ready(self, worker: DemoWorker) -> bool:
         if model := worker.ready():

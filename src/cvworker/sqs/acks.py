@@ -7,6 +7,7 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,10 +44,17 @@ class Acks:
     The lease is extended until then: ``ended`` is called, once for each message, when SQS knows or can never know.
     """
 
-    def __init__(self, queue: Queue, clock: Clock, ended: Callable[[Lease, Outcome], None]) -> None:
+    def __init__(
+        self,
+        queue: Queue,
+        clock: Clock,
+        ended: Callable[[Lease, Outcome], None],
+        visibility_calls: AbstractContextManager[object] | None = None,
+    ) -> None:
         self._queue = queue
         self._clock = clock
         self._ended = ended
+        self._visibility_calls = visibility_calls or nullcontext()
         self._waiting: deque[_Ack] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -64,6 +72,7 @@ class Acks:
         if not ack.deletes and (lease.lost or outcome.delay is None):
             self._ended(lease, outcome)
             return
+        lease.ending = not ack.deletes
         with self._wake:
             self._waiting.append(ack)
             if len(self._waiting) in (1, MAX_BATCH):
@@ -124,9 +133,10 @@ class Acks:
         if acks[0].deletes:
             failed = self._queue.delete([ack.lease.receipt for ack in acks])
         else:
-            failed = self._queue.change_visibility(
-                [(ack.lease.receipt, math.ceil(ack.outcome.delay or 0)) for ack in acks]
-            )
+            with self._visibility_calls:
+                failed = self._queue.change_visibility(
+                    [(ack.lease.receipt, math.ceil(ack.outcome.delay or 0)) for ack in acks]
+                )
         return {failure.index: failure for failure in failed}
 
 

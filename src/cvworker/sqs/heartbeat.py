@@ -50,7 +50,8 @@ class Heartbeat:
             log.warning("let go: held for max_lease", message_id=lease.message_id)
         due = self._leases.due()
         for start in range(0, len(due), MAX_BATCH):
-            self._extend(self._leases.still(due[start : start + MAX_BATCH]))
+            with self._leases.visibility_calls:
+                self._extend(self._leases.still(due[start : start + MAX_BATCH]))
 
     def _extend(self, part: list[tuple[Lease, str]]) -> None:
         if not part:

@@ -29,6 +29,8 @@ class Lease:
     jobs_left: int = 0
     outcomes: list[Outcome] = field(default_factory=list)
     lost: bool = False
+    ending: bool = False
+    """Its visibility is being set to what its outcome asks for: an extension would undo that."""
 
 
 class LeaseTable:
@@ -41,6 +43,8 @@ class LeaseTable:
         self.visibility = visibility
         self._max_lease = max_lease
         self._clock = clock
+        self.visibility_calls = threading.Lock()
+        """Held from deciding on a visibility until SQS has it: the last decision must also be the last call."""
         self._leases: dict[str, Lease] = {}
         self._lock = threading.Lock()
 
@@ -76,7 +80,7 @@ class LeaseTable:
         """The leases to extend now with the handles to use, the one that expires first in front."""
         now = self._clock()
         with self._lock:
-            due = [x for x in self._leases.values() if not x.lost and now < x.ends and self._when(x) <= now]
+            due = [x for x in self._leases.values() if self._extendable(x) and now < x.ends and self._when(x) <= now]
             return [(lease, lease.receipt) for lease in sorted(due, key=lambda lease: lease.deadline)]
 
     def still(self, due: list[tuple[Lease, str]]) -> list[tuple[Lease, str]]:
@@ -85,13 +89,13 @@ class LeaseTable:
             return [
                 (lease, receipt)
                 for lease, receipt in due
-                if self._leases.get(lease.message_id) is lease and lease.receipt == receipt
+                if self._leases.get(lease.message_id) is lease and lease.receipt == receipt and not lease.ending
             ]
 
     def next_due(self) -> float | None:
         """When :meth:`due` will have something next, on the monotonic clock."""
         with self._lock:
-            times = [min(self._when(lease), lease.ends) for lease in self._leases.values() if not lease.lost]
+            times = [min(self._when(lease), lease.ends) for lease in self._leases.values() if self._extendable(lease)]
             return min(times, default=None)
 
     def extended(self, lease: Lease, receipt: str, called_at: float) -> None:
@@ -125,6 +129,10 @@ class LeaseTable:
     def held(self) -> list[Lease]:
         with self._lock:
             return list(self._leases.values())
+
+    @staticmethod
+    def _extendable(lease: Lease) -> bool:
+        return not lease.lost and not lease.ending
 
     def _when(self, lease: Lease) -> float:
         return lease.deadline - self.visibility / 2

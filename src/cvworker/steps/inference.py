@@ -154,11 +154,13 @@ class Inference:
             link.close()
             if self._stopping:
                 return
+            self._taking = True  # while there is no process, silence is no hang
             try:
                 self._bring_back(link)
             except (WorkerFailed, StartupError) as error:
                 self.failure = WorkerFailed(str(error))
                 return
+            self._taking = False
 
     def _take(self, frame: dict[str, Any]) -> None:
         if "started" in frame:
