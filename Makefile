@@ -1,6 +1,6 @@
 # Plain make from 3.81 on, with sh. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format docs constraints clean distclean
+.PHONY: help setup demo test soak lint format docs constraints clean distclean
 
 # Every tool runs as a module of .venv's Python: scripts on PATH may belong to another environment.
 python := .venv/bin/python
@@ -16,6 +16,9 @@ demo: setup ## run the whole worker on this machine, queue and callbacks include
 
 test: lint ## lint, check types and run all tests (ARGS='-k name')
 	$(python) -m pytest $(ARGS)
+
+soak: setup ## half an hour of mixed faults against whole workers (ARGS='--seconds 300 --seed 7')
+	$(python) -m load.faults mixed --seconds 1800 $(ARGS)
 
 lint: setup ## ruff and mypy, without the tests
 	$(python) -m ruff check .

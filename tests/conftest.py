@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from world import MiniStack, World, world
 
 for name in list(os.environ):  # a developer's own settings and credentials must not reach the tests

@@ -6,9 +6,9 @@ import socket
 import time
 
 import pytest
-from world import MODULES, World, poll
 
 from cvworker.embedded.receiver import CallbackReceiver
+from world import MODULES, World, poll
 
 SLOW = f"{MODULES / 'mean.py'}:Slow"
 COUNT = 400

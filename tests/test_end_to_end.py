@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from world import MODULES, World, colour_of, picture, poll
 
 

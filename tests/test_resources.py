@@ -6,7 +6,8 @@ import time
 
 import psutil
 import pytest
-from world import World, WorkerProcess, poll
+
+from world import WorkerProcess, World, poll
 
 IDLE_S = 60
 IDLE_SHARE = 0.03
@@ -70,4 +71,3 @@ def test_memory_threads_and_descriptors_do_not_grow_with_the_number_of_messages(
 def _counts(worker: WorkerProcess) -> tuple[int, int]:
     tree = _tree(worker)
     return sum(each.num_threads() for each in tree), sum(each.num_fds() for each in tree)
-

@@ -6,6 +6,7 @@ import signal
 import time
 
 import psutil
+
 from world import MODULES, World, poll
 
 SLOW = f"{MODULES / 'mean.py'}:Slow"

@@ -210,7 +210,9 @@ class World:
 
     def counts(self, url: str | None = None) -> tuple[int, int]:
         """Messages visible and hidden, as the queue says."""
-        attributes = self.client.get_queue_attributes(QueueUrl=url or self.queue_url, AttributeNames=["All"])["Attributes"]
+        attributes = self.client.get_queue_attributes(QueueUrl=url or self.queue_url, AttributeNames=["All"])[
+            "Attributes"
+        ]
         return (
             int(attributes["ApproximateNumberOfMessages"]),
             int(attributes["ApproximateNumberOfMessagesNotVisible"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -29,7 +30,7 @@ def main() -> int:
     parser.add_argument("--logs", type=Path, help="folder for the workers' logs (default: a temporary one)")
     for name, kind in (("messages", int), ("seconds", float), ("workers", int), ("kills", int), ("stops", int)):
         parser.add_argument(f"--{name}", type=kind)
-    for name, kind in (("rate", float), ("kill-every", float), ("visibility", int), ("backlog", int)):
+    for name, kind in (("rate", float), ("kill-every", float), ("visibility", int), ("within", float)):
         parser.add_argument(f"--{name}", type=kind)
     given = vars(parser.parse_args())
     scenario, seed, logs = given.pop("scenario"), given.pop("seed"), given.pop("logs")
@@ -38,6 +39,7 @@ def main() -> int:
     folder = logs or Path(tempfile.mkdtemp(prefix="cvworker-faults-"))
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{scenario} (seed {seed}): {plan.summary}; logs in {folder}", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the workers, as ctrl-C does
     report = asyncio.run(Run(plan, seed, folder).play())
     print("\n".join(summary(report)))
     shown: Counter[str] = Counter()

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from load.faults.ledger import DUPLICATE, STALE, UNDELIVERED, Event, Kind
-from load.faults.requests import UNANSWERABLE
+from load.faults.requests import POISONS, UNANSWERABLE
 
 RETRY_BASE_S, RETRY_CAP_S, JITTER = 5.0, 900.0, 0.2
 """The delays of the contracts: 5 s x 2^n by receive count, capped, give or take a fifth."""
@@ -85,6 +85,7 @@ class _Judge:
         self.verdict.counts[e.kind] += 1
         if e.kind is Kind.SENT:
             self.messages[e.message] = _Message(e.note)
+            self.verdict.counts["poisoned"] += e.note in POISONS
         elif e.kind in (Kind.STARTED, Kind.STOPPING, Kind.STOPPED, Kind.KILLED):
             self._worker(e)
         elif e.kind is not Kind.CALL:

@@ -26,6 +26,8 @@ NATURES = ("good", *ERRORS, "gone", "refused", "mute")
 """``gone``'s callback answers 410, ``refused``'s always 400, and ``mute`` names no callback at all."""
 UNANSWERABLE = frozenset({"refused", "mute"})
 """Those that must end in the dead-letter queue."""
+POISONS = frozenset({"segfaults", "hangs"})
+"""Those that cost a model process."""
 BLUE = {"raises": RAISES, "segfaults": SEGFAULTS, "hangs": HANGS}
 
 

@@ -195,7 +195,16 @@ async def _serve(sqs: Sqs, peers: Peers) -> AsyncIterator[tuple[str, str, str]]:
 def summary(report: Report) -> list[str]:
     """The report in lines for people."""
     counts = report.verdict.counts
-    names = ("sent", "received", "accepted", "answered", "in the dead-letter queue", "repeats", "held at a kill")
+    names = (
+        "sent",
+        "received",
+        "accepted",
+        "answered",
+        "in the dead-letter queue",
+        "repeats",
+        "held at a kill",
+        "poisoned",
+    )
     return [
         ", ".join(f"{name} {counts[name]}" for name in names),
         f"SQS calls {counts['call']} ({counts['call'] / max(1, counts['sent']):.2f} per message), "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -93,6 +94,7 @@ def _run(name: str, arguments: list[str]) -> int:
             "callback_secret: a secret on the command line can be read by every user of the machine; "
             "use CVWORKER_CALLBACK_SECRET or .env"
         )
+    cls.__doc__ = inspect.cleandoc(cls.__doc__ or "")
     cls.model_config["cli_prog_name"] = f"cvworker {name}"
     try:
         settings = CliApp.run(cls, cli_args=arguments)

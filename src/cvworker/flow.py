@@ -26,7 +26,7 @@ log = structlog.get_logger(__name__)
 
 
 class Flow:
-    """Moves jobs from step to step: downloaded → inference queue, inferred or failed → results queue, answered → end."""
+    """Moves jobs on: downloaded → inference queue, inferred or failed → results queue, answered → end."""
 
     def __init__(
         self,
@@ -159,7 +159,12 @@ class Flow:
         timings["total"] = (self._clock.wall() - lease.sent_at) * 1000
         try:
             return answer_body(
-                job.request, result=job.result, error=job.error, attempt=lease.attempt, timings_ms=timings, worker=self.info
+                job.request,
+                result=job.result,
+                error=job.error,
+                attempt=lease.attempt,
+                timings_ms=timings,
+                worker=self.info,
             )
         except JobError as error:  # the result cannot be written
             job.result, job.error = None, error

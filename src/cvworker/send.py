@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-import boto3
 from botocore.exceptions import BotoCoreError, ClientError
 
+from cvworker import aws
 from cvworker.errors import StartupError, WorkerFailed
 from cvworker.messages import parse
 from cvworker.sqs.queue import explain
@@ -132,7 +132,9 @@ def _rows(lines: Iterable[str], name: str) -> Iterator[Request]:
 def _listing(source: str, s3: S3Client | None, every_key: bool) -> Iterator[Request]:
     bucket, _, prefix = source.removeprefix("s3://").partition("/")
     try:
-        pages = (s3 or boto3.client("s3")).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        pages = (
+            (s3 or aws.session().client("s3")).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        )
         for entry in (entry for page in pages for entry in page.get("Contents", [])):
             url = f"s3://{bucket}/{entry['Key']}"
             if not url.endswith("/") and (every_key or url.lower().endswith(IMAGE_SUFFIXES)):  # "/": a console's folder

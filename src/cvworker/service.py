@@ -103,9 +103,7 @@ class Service:
             except TimeoutError:
                 pass
             now = self.clock.monotonic()
-            worker.tuner.look(
-                done=worker.done - done, seconds=now - looked_at, downloading=worker.downloads_wanted()
-            )
+            worker.tuner.look(done=worker.done - done, seconds=now - looked_at, downloading=worker.downloads_wanted())
             looked_at, done = now, worker.done
             self.metrics.busy.look(self._capacity(worker))
             worker.failure = worker.failure or worker.inference.failure

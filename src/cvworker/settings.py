@@ -87,9 +87,10 @@ class _SecretFiles(SecretsSettingsSource):
     def __call__(self) -> dict[str, Any]:
         try:
             return super().__call__()
-        except (OSError, UnicodeDecodeError) as error:
-            place = getattr(error, "filename", None) or self.secrets_dir
-            raise SettingsError(f"{SECRETS_VARIABLE}: a file in {place} cannot be read") from None
+        except (OSError, SettingsError) as error:  # it names the field, but neither the file nor a way out
+            field = re.search(r'field "(\w+)"', str(error))
+            place = f"{self.secrets_dir}/{PREFIX.lower()}{field[1]}" if field else self.secrets_dir
+            raise SettingsError(f"{SECRETS_VARIABLE}: {place} cannot be read, or is not text") from None
 
 
 class Settings(BaseSettings):

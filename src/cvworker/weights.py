@@ -10,9 +10,9 @@ import tempfile
 from pathlib import Path
 
 import aiohttp
-import boto3
 from botocore.exceptions import BotoCoreError, ClientError
 
+from cvworker import aws
 from cvworker.errors import JobError, StartupError
 from cvworker.loading import DEMO
 from cvworker.messages import is_s3_url, split_s3_url
@@ -93,7 +93,7 @@ def _fetch(url: str, digest: str | None, guard: AddressGuard) -> Path:
 def _from_s3(url: str, part: Path) -> None:
     bucket, key = split_s3_url(url)
     try:
-        client = boto3.Session().client("s3")
+        client = aws.session().client("s3")
         if client.head_object(Bucket=bucket, Key=key)["ContentLength"] > MAX_BYTES:
             raise StartupError(f"weights: {url} is larger than {MAX_BYTES} bytes")
         client.download_file(bucket, key, str(part))
@@ -107,7 +107,7 @@ async def _from_http(url: str, part: Path, guard: AddressGuard) -> None:
             if response.status != 200:
                 raise StartupError(f"weights: {display_url(url)} answered {response.status}")
             size = 0
-            with part.open("wb") as file:  # noqa: ASYNC230 - nothing else runs on this loop
+            with part.open("wb") as file:
                 async for block in response.content.iter_chunked(BLOCK):
                     size += len(block)
                     if size > MAX_BYTES:

@@ -290,9 +290,7 @@ class Worker:
         self.failure = self.failure or WorkerFailed(f"a download thread ended: {type(error).__name__}: {error}")
 
 
-def model_config(
-    s: Settings, local_weights: str | None, arena_size: int, *, with_example: bool = False
-) -> ModelConfig:
+def model_config(s: Settings, local_weights: str | None, arena_size: int, *, with_example: bool = False) -> ModelConfig:
     """What the model process is told of the settings."""
     workers = s.preprocess_workers
     return ModelConfig(

@@ -42,10 +42,12 @@ class Check(Settings):
         link = ModelLink(model_config(self, local_weights, arena.size, with_example=True), arena.fd)
         try:
             ready = link.wait_ready()
-            _say("module", f"{ready['name']} on {ready['device_name']}, {ready['precision']}, weights {ready['weights']}")
+            where = f"{ready['device_name']}, {ready['precision']}"
+            _say("module", f"{ready['name']} on {where}, weights {ready['weights']}")
             if "warning" in ready:
                 raise StartupError(f"module: the example failed in {ready['warning']}")
-            _say("hooks", f"preprocess {ready['preprocess_ms']} ms → {ready['shapes']}; process {ready['process_ms']} ms")
+            sample = f"preprocess {ready['preprocess_ms']} ms → {ready['shapes']}"
+            _say("hooks", f"{sample}; process {ready['process_ms']} ms")
             result = _through(link, arena, base64.b64decode(ready["example_png"]))
         finally:
             link.stop(timeout=5)
@@ -61,8 +63,10 @@ class Check(Settings):
             return
         queue = Queue.open(self.queue_url)
         attributes = queue.read_attributes()
-        dead_letters = f"dead-letter queue after {queue.max_receives} receives" if queue.max_receives else (
-            f"no redrive policy: give it a dead-letter queue (max_attempts {self.max_attempts} applies)"
+        dead_letters = (
+            f"dead-letter queue after {queue.max_receives} receives"
+            if queue.max_receives
+            else (f"no redrive policy: give it a dead-letter queue (max_attempts {self.max_attempts} applies)")
         )
         waiting = attributes.get("ApproximateNumberOfMessages", "?")
         _say("queue", f"reachable; {waiting} messages waiting; visibility {queue.visibility_timeout} s; {dead_letters}")

@@ -89,8 +89,8 @@ class EmbeddedSqs:
 
     def _announced_port(self, log: Path) -> int:
         """The port, which the process writes once its socket listens: nothing to poll, and no port taken twice."""
-        assert self._process is not None  # noqa: S101 - for the type checker
-        assert self._process.stdout is not None  # noqa: S101
+        assert self._process is not None
+        assert self._process.stdout is not None
         with self._process.stdout as stdout:
             ready, _, _ = select.select([stdout], [], [], self._start_timeout)
             line = stdout.readline() if ready else ""

@@ -20,5 +20,5 @@ if VARIABLE in os.environ:
         from cvworker.loading import load
 
         load(wanted["module"])
-    except Exception:  # noqa: BLE001, S110 - the process that needs the module says what is wrong with it
+    except Exception:  # noqa: S110 - the process that needs the module says what is wrong with it
         pass

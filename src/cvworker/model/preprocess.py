@@ -80,9 +80,7 @@ class Chunk:
     def unstack(self) -> list[Any]:
         if self.stacked is None:
             return self.samples
-        return [
-            pytree.tree_unflatten([leaf[i] for leaf in self.stacked], self.tree) for i in range(len(self.numbers))
-        ]
+        return [pytree.tree_unflatten([leaf[i] for leaf in self.stacked], self.tree) for i in range(len(self.numbers))]
 
     def pin_memory(self) -> Chunk:
         """Called by the DataLoader's pinning thread when the device is CUDA."""

@@ -24,7 +24,6 @@ from cvworker.errors import JobError, StartupError
 from cvworker.model.config import ModelConfig
 
 if TYPE_CHECKING:
-    from cvworker.model.batcher import Sample
     from cvworker.model.runner import Done, Staged
     from cvworker.module import Module
 
@@ -57,9 +56,7 @@ class ModelProcess:
         device = _device(config.device)
         pin = device.type == "cuda"
         self._batcher = Batcher(config.batch_size, config.max_wait_ms / 1000, time.monotonic)
-        self._feeder = Feeder(
-            config, self._arena_fd, module, pin=pin, deliver=self._batcher.add, failed=self._refuse
-        )
+        self._feeder = Feeder(config, self._arena_fd, module, pin=pin, deliver=self._batcher.add, failed=self._refuse)
         feeding = _thread(self._feed, "feeder")
         precision = "fp32" if config.precision == "auto" else config.precision
         try:
@@ -107,7 +104,7 @@ class ModelProcess:
                 os._exit(0)  # the worker is gone; nobody is left to answer to
             if "stop" in frame:
                 return
-            self._feeder.submit([(number, offset, length, bool(alone)) for number, offset, length, alone in frame["jobs"]])
+            self._feeder.submit([(number, at, length, bool(alone)) for number, at, length, alone in frame["jobs"]])
 
     def _feed(self) -> None:
         self._feeder.run()
@@ -133,7 +130,7 @@ class ModelProcess:
         self.send({"failed": [number, type(error).__name__, error.message]})
 
     def _warm_up(self, module: Module) -> dict[str, Any]:
-        """Run the example through every hook, as a lone one and as a full batch: what is slow the first time is done."""
+        """Run the example through every hook, alone and as a full batch: what is slow the first time is done."""
         from cvworker.model.batcher import Sample
         from cvworker.model.preprocess import describe
 

@@ -20,7 +20,11 @@ HEADERS = {
     "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer",
 }
-ASSETS = {"/": ("status.html", "text/html"), "/status.css": ("status.css", "text/css"), "/status.js": ("status.js", "text/javascript")}
+ASSETS = {
+    "/": ("status.html", "text/html"),
+    "/status.css": ("status.css", "text/css"),
+    "/status.js": ("status.js", "text/javascript"),
+}
 
 
 class Endpoints:

@@ -39,7 +39,9 @@ class Metrics:
             "cvworker_stage_duration_seconds", "Time in a stage", ["stage"], registry=registry, buckets=SECONDS
         )
         self.stage_busy = Gauge(
-            "cvworker_stage_busy_ratio", "Share of a stage's capacity in use over the last seconds", ["stage"],
+            "cvworker_stage_busy_ratio",
+            "Share of a stage's capacity in use over the last seconds",
+            ["stage"],
             registry=registry,
         )
         self.queue_wait = Histogram(

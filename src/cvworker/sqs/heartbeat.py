@@ -26,7 +26,11 @@ class Heartbeat:
     """Extends leases, the first to expire first, ten a call; started first and stopped last."""
 
     def __init__(
-        self, queue: Queue, leases: LeaseTable, clock: Clock, counted: Callable[[str, int], None] = lambda _what, _n: None
+        self,
+        queue: Queue,
+        leases: LeaseTable,
+        clock: Clock,
+        counted: Callable[[str, int], None] = lambda _what, _n: None,
     ) -> None:
         self._queue = queue
         self._leases = leases

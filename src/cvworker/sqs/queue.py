@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import boto3
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -20,6 +19,7 @@ from botocore.exceptions import (
     ReadTimeoutError,
 )
 
+from cvworker import aws
 from cvworker.errors import StartupError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Queue:
             StartupError: one line that says what is wrong with the queue, the credentials or the endpoint.
         """
         if url.rstrip("/").endswith(".fifo"):
-            raise StartupError(f"queue_url: {url} is a FIFO queue, which cvworker does not consume; use a standard queue")
+            raise StartupError(f"queue_url: {url} is a FIFO queue, which is not supported; use a standard queue")
         queue = explain(url, lambda: cls(url, receive_threads=receive_threads, wait_s=wait_s))
         queue.read_attributes()
         return queue
@@ -157,7 +157,7 @@ def explain(url: str, call: Callable[[], T]) -> T:
     try:
         return call()
     except NoRegionError:
-        raise StartupError("no AWS region: set AWS_REGION (or AWS_DEFAULT_REGION), or a region in ~/.aws/config") from None
+        raise StartupError("no AWS region: set AWS_REGION, AWS_DEFAULT_REGION or one in ~/.aws/config") from None
     except NoCredentialsError:
         raise StartupError(
             "no AWS credentials found: give the task or instance a role, or set AWS_ACCESS_KEY_ID and "
@@ -196,7 +196,7 @@ ChangeMessageVisibility"
 
 
 def _client(url: str, connections: int, read_timeout: int) -> SQSClient:
-    session = boto3.Session()
+    session = aws.session()
     region = session.region_name or _region_of(url)
     return session.client("sqs", region_name=region, config=_config(connections, read_timeout))
 

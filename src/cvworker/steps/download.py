@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
-import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from cvworker import aws
 from cvworker.arena import Arena, Slot
 from cvworker.errors import (
     DownloadFailed,
@@ -101,7 +101,7 @@ class Fetcher:
     async def _read(self, response: aiohttp.ClientResponse, limit: asyncio.Timeout) -> Slot:
         length = response.content_length
         if length is not None and length > self._max_bytes:
-            raise ImageTooLarge(f"the image has {length} bytes; at most {self._max_bytes} are allowed")
+            raise _too_large(length, self._max_bytes)
         slot = await self._room(self._max_bytes if length is None else length, limit)
         try:
             async for data in response.content.iter_any():
@@ -158,7 +158,7 @@ class _S3:
         try:
             answer: Any = self._connect().get_object(Bucket=bucket, Key=key)
             if answer["ContentLength"] > self._max_bytes:
-                raise ImageTooLarge(f"the image has {answer['ContentLength']} bytes; at most {self._max_bytes} are allowed")
+                raise _too_large(answer["ContentLength"], self._max_bytes)
             parts = bytearray()
             with answer["Body"] as body:
                 while part := body.read(READ_BYTES):
@@ -180,7 +180,7 @@ class _S3:
                     max_pool_connections=S3_THREADS,
                     retries={"total_max_attempts": 1},
                 )
-                self._client = boto3.Session().client("s3", config=config)
+                self._client = aws.session().client("s3", config=config)
             return self._client
 
 
@@ -192,6 +192,10 @@ def _s3_error(error: ClientError, bucket: str) -> Exception:
     if status >= 500 or status == 429 or code in {"SlowDown", "RequestTimeout", "Throttling"}:
         return DownloadInterrupted(f"S3 answered {code}")
     return DownloadFailed(f"S3 answered {code} for bucket {bucket}")
+
+
+def _too_large(length: int, most: int) -> ImageTooLarge:
+    return ImageTooLarge(f"the image has {length} bytes; at most {most} are allowed")
 
 
 def _check(response: aiohttp.ClientResponse) -> None:
@@ -228,5 +232,5 @@ class DownloadThreads:
     def _run(self) -> None:
         try:
             asyncio.run(self._main())
-        except BaseException as error:  # noqa: BLE001 - a dead thread must not go unseen
+        except BaseException as error:
             self._failed(error)

@@ -245,5 +245,3 @@ class Inference:
 def _descriptor(job: Job) -> tuple[int, int, int, bool]:
     assert job.image is not None
     return job.number, job.image.offset, job.image.length, job.alone
-
-
