@@ -223,7 +223,7 @@ class FakeSqs:
 def open_queue(sqs: FakeSqs, monkeypatch: pytest.MonkeyPatch, *, wait_s: int = 1) -> Queue:
     """The worker's own Queue, its client a fake one."""
     session = SimpleNamespace(region_name="eu-west-1", client=lambda *_, **__: sqs)
-    monkeypatch.setattr(boto3, "Session", lambda: session)
+    monkeypatch.setattr(boto3, "Session", lambda **_: session)
     return Queue.open("https://sqs.eu-west-1.amazonaws.com/1/images", wait_s=wait_s)
 
 
@@ -242,10 +242,9 @@ class Keeper:
         self.queue = queue
         self.clock = clock
         self.ended: list[tuple[str, Outcome]] = []
-        self.refused: list[Job] = []
         self.events: list[str] = []
         self.leases = LeaseTable(queue.visibility_timeout, max_lease, clock.monotonic)
-        self.acks = Acks(queue, clock, self._ended)
+        self.acks = Acks(queue, clock, self._ended, self.leases.visibility_calls)
         self.heartbeat = Heartbeat(queue, self.leases, clock, lambda what, n: self.events.extend([what] * n))
         self.custody = Custody(
             self.leases,
@@ -256,7 +255,6 @@ class Keeper:
             allowed_buckets={"pictures"},
             max_receives=queue.max_receives,
             max_attempts=max_attempts,
-            refuse=self.refused.append,
             to_sqs=self.acks.put,
         )
         self.acks.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -95,6 +96,41 @@ def test_a_message_received_again_while_it_is_held_stays_one_job_and_ends_by_the
     assert sqs.messages == {}
 
 
+def test_an_extension_under_way_does_not_undo_the_delay_of_a_message_settled_meanwhile(make: Make) -> None:
+    keeper, sqs, clock = make()
+    sqs.send()
+    job = keeper.receive_one()
+    clock.advance(16)
+    called, go_on = threading.Event(), threading.Event()
+
+    def hold_up_the_extension(_name: str) -> None:
+        if not called.is_set():
+            called.set()
+            go_on.wait(10)
+
+    sqs.during = hold_up_the_extension
+    beat = threading.Thread(target=keeper.heartbeat.beat)
+    beat.start()
+    assert called.wait(10)
+    keeper.custody.settle(job, Outcome(End.LATER, 5))
+    go_on.set()
+    beat.join(10)
+    keeper.wait_ended()
+    assert sqs.hidden_for("m1") == 5
+
+
+def test_a_message_on_its_way_back_is_not_extended_any_more(make: Make) -> None:
+    keeper, sqs, clock = make()
+    sqs.send()
+    job = keeper.receive_one()
+    sqs.faults["change"] += [throttled()]
+    keeper.custody.settle(job, Outcome(End.LATER, 5))
+    clock.advance(16)
+    keeper.heartbeat.beat()
+    keeper.wait_ended()
+    assert {entry["VisibilityTimeout"] for entries in sqs.entries("change") for entry in entries} == {5}
+
+
 def test_a_transient_error_comes_back_after_the_delay_of_its_attempt(make: Make) -> None:
     keeper, sqs, clock = make(max_receives=4)
     sqs.send()
@@ -150,13 +186,10 @@ def test_without_a_redrive_policy_a_hopeless_message_comes_back_once_an_hour_at_
     sqs.send('{"image_url": "http://host/a.jpg"}')  # no callback, and no default
     received: list[float] = []
     while clock.now < 1000 + 24 * 3600:
-        if keeper.receive():
-            raise AssertionError("there is nobody to answer")
-        for job in keeper.refused:
+        for job in keeper.receive():
             received.append(clock.now)
             keeper.custody.settle(job, keeper.custody.unanswerable(job))
             keeper.wait_ended(len(received))
-        keeper.refused.clear()
         clock.advance(15)
     pauses = [after - before for before, after in pairwise(received)]
     assert pauses[:2] == [30, 30], "it keeps the visibility it has"
@@ -168,10 +201,8 @@ def test_with_a_redrive_policy_a_hopeless_message_goes_to_the_dead_letter_queue(
     keeper, sqs, clock = make(max_receives=3)
     sqs.send('{"image_url": "http://host/a.jpg"}')
     for _ in range(4):
-        keeper.receive()
-        for job in keeper.refused:
+        for job in keeper.receive():
             keeper.custody.settle(job, keeper.custody.unanswerable(job))
-        keeper.refused.clear()
         clock.advance(31)
     assert sqs.dead == ["m1"]
     assert keeper.ended == [("m1", LEFT)] * 3
@@ -258,15 +289,14 @@ def test_a_test_event_of_s3_is_deleted_and_nobody_is_told(make: Make) -> None:
     sqs.send('{"Service": "Amazon S3", "Event": "s3:TestEvent", "Bucket": "pictures"}')
     assert keeper.receive() == []
     assert keeper.wait_ended() == [("m1", ANSWERED)]
-    assert (sqs.messages, keeper.refused) == ({}, [])
+    assert sqs.messages == {}
 
 
 @pytest.mark.parametrize("body", ["", "no json", "[]", '{"image_url": 5, "callback_url": "http://client.test/a"}'])
 def test_what_is_no_valid_request_is_held_like_any_other_until_it_is_settled(make: Make, body: str) -> None:
     keeper, sqs, _ = make(default_callback=CALLBACK)
     sqs.send(body)
-    assert keeper.receive() == []
-    (job,) = keeper.refused
+    job = keeper.receive_one()
     assert isinstance(job.error, InvalidMessage)
     assert len(keeper.leases) == 1
     keeper.custody.settle(job, ANSWERED)

@@ -151,7 +151,7 @@ def answer_in_s3(monkeypatch: pytest.MonkeyPatch, *answers: bytes | Exception) -
         return {"ContentLength": len(answer), "Body": io.BytesIO(answer)}
 
     client = SimpleNamespace(get_object=get_object)
-    monkeypatch.setattr(boto3, "Session", lambda: SimpleNamespace(client=lambda *_, **__: client))
+    monkeypatch.setattr(boto3, "Session", lambda **_: SimpleNamespace(client=lambda *_, **__: client))
 
 
 @pytest.mark.parametrize("answer", [IMAGE, in_chunks(IMAGE[:1000], IMAGE[1000:])], ids=["whole", "chunked"])

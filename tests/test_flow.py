@@ -47,10 +47,13 @@ class Posted:
         self.errors: dict[str, Exception] = {}
         self.full = False
 
-    def crowded(self, _url: str) -> bool:
+    def crowded(self, _url: str, *, last: bool) -> bool:
         return self.full
 
-    async def post(self, url: str, webhook_id: str, body: bytes) -> Sent:
+    def paused_for(self, _url: str) -> float:
+        return 0.0
+
+    async def post(self, url: str, webhook_id: str, body: bytes, *, last: bool = False) -> Sent:
         if url in self.errors:
             raise self.errors[url]
         self.answers.append((url, webhook_id, json.loads(body)))
@@ -85,7 +88,7 @@ class Stage:
             self.sqs.send()
         else:
             self.sqs.send(body)
-        jobs = self.keeper.receive() + self.keeper.refused
+        jobs = self.keeper.receive()
         return jobs[0]
 
     def download(self, job: Job, error: Exception | None = None) -> None:
@@ -245,7 +248,7 @@ def test_nobody_is_told_of_a_message_whose_lease_is_lost(stage: Stage) -> None:
 def test_a_request_that_was_refused_is_answered_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(monkeypatch, default_callback=DEFAULT)
     job = stage.job('{"image_url": "", "id": "mine"}')
-    stage.flow.refused(job)
+    stage.download(job)
     stage.answer(stage.results.get(timeout=0)[0])
     answer = stage.posted.answers[0][2]
     assert (answer["id"], answer["error"]["code"]) == ("mine", "invalid_message")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 
-from cvworker.steps.hosts import FIRST_PAUSE_S, LONGEST_PAUSE_S, OPENS_AFTER, REMEMBERED, Hosts
+from cvworker.steps.hosts import FIRST_PAUSE_S, LONGEST_PAUSE_S, OPENS_AFTER, QUEUE_AT_SLOW, REMEMBERED, Hosts
 
 
 class Stepped:
@@ -136,6 +136,19 @@ def test_a_crowd_before_a_paused_host_is_told_and_a_crowd_before_the_only_host_i
         assert hosts.crowded("a")
         assert not hosts.crowded("b")
     assert not hosts.crowded("a")
+
+
+def test_who_is_patient_joins_the_queue_of_a_slow_host_and_not_that_of_a_paused_one() -> None:
+    hosts = Hosts(lambda: 2, Stepped())
+    with ExitStack() as stack:
+        for _ in range(2 * QUEUE_AT_SLOW):
+            stack.enter_context(hosts.in_hand("slow"))
+        stack.enter_context(hosts.in_hand("quick"))
+        assert hosts.crowded("slow")
+        assert not hosts.crowded("slow", patient=True)
+        for _ in range(OPENS_AFTER):
+            hosts.failed("slow")
+        assert hosts.crowded("slow", patient=True)
 
 
 def test_no_more_hosts_are_remembered_than_fit() -> None:

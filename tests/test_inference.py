@@ -261,9 +261,10 @@ def test_a_process_that_cannot_be_brought_back_is_a_failure(line: Line) -> None:
 
 
 def test_a_process_stuck_on_a_batch_is_ended_and_the_batch_blamed(line: Line, clock: StepClock) -> None:
-    (job,) = line.put(a_job())
-    given(0, job).says(started=[job.number])
-    eventually(lambda: line.step._batch_since is not None)
+    job, other = line.put(a_job(), a_job())
+    given(0, job, other).says(started=[job.number])
+    link(0).says(failed=[other.number, "ImageInvalid", "why"])
+    line.wait(other)  # and so the first frame was read, too
     clock.advance(101)
     given(1, job)
     assert link(0).killed

@@ -178,6 +178,17 @@ class LeaseMachine(RuleBasedStateMachine):
         if held:
             del self.held[lease.message_id]
 
+    @rule(lease=leases)
+    def set_its_delay(self, lease: Lease) -> None:
+        lease.ending = True
+
+    @rule()
+    def look_again(self) -> None:
+        lease = next(iter(self.held.values()), None)
+        if lease is not None:
+            asked = [(lease, lease.receipt), (lease, "older")]
+            assert self.table.still(asked) == ([] if lease.ending else asked[:1])
+
     @rule()
     def let_go(self) -> None:
         over = {lease for lease in self.held.values() if self.ends[lease] <= self.clock.monotonic()}
@@ -198,13 +209,13 @@ class LeaseMachine(RuleBasedStateMachine):
     @invariant()
     def is_due_for_those_held_not_lost_and_half_way_the_first_to_expire_in_front(self) -> None:
         now, due = self.clock.monotonic(), [lease for lease, _ in self.table.due()]
-        well = [lease for lease in self.held.values() if lease not in self.lost]
+        well = [lease for lease in self.held.values() if lease not in self.lost and not lease.ending]
         assert set(due) == {x for x in well if now < self.ends[x] and self.deadlines[x] - now <= VISIBILITY / 2}
         assert [lease.deadline for lease in due] == sorted(lease.deadline for lease in due)
 
     @invariant()
     def wakes_up_for_the_first_that_needs_something(self) -> None:
-        well = [lease for lease in self.held.values() if lease not in self.lost]
+        well = [lease for lease in self.held.values() if lease not in self.lost and not lease.ending]
         times = [min(self.deadlines[lease] - VISIBILITY / 2, self.ends[lease]) for lease in well]
         assert self.table.next_due() == min(times, default=None)
 

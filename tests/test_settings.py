@@ -66,12 +66,16 @@ def given(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Settings:
     return Settings()
 
 
+def contracted(settings: Settings) -> dict[str, Any]:
+    return {name: value for name, value in settings.model_dump().items() if name in CONTRACT}
+
+
 def flags(*arguments: str) -> Settings:
     return CliApp.run(Settings, cli_args=list(arguments))
 
 
 def test_the_defaults_are_those_of_the_contract() -> None:
-    assert Settings().model_dump() == CONTRACT
+    assert contracted(Settings()) == CONTRACT
 
 
 def test_a_flag_wins_over_the_environment_and_that_over_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +167,7 @@ def test_settings_that_contradict_each_other_are_refused(
 
 
 def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert given(monkeypatch, callback_url="", batch_size="").model_dump() == CONTRACT
+    assert contracted(given(monkeypatch, callback_url="", batch_size="")) == CONTRACT
 
 
 def test_several_secrets_are_a_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +187,7 @@ def test_no_secret_is_shown_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     for text in (str(shown), repr(settings), str(settings.model_dump_json())):
         assert SECRET not in text
     assert "geheim" not in str(shown)
-    assert set(shown) == set(CONTRACT)
+    assert set(shown) == set(Settings.model_fields)
 
 
 @pytest.mark.parametrize("name", ["callback_secret", "batch_size"])

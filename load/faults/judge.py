@@ -20,7 +20,7 @@ LONGEST_PAUSE_S = 60.0
 class Rules:
     """What a run must keep to beyond the contracts."""
 
-    calls_per_message: float = 3.0
+    calls_per_message: float = 2.0
     """SQS calls for each message, failed ones included, and ..."""
     calls_per_second: float = 4.0
     """... for each second that a worker lives: polls of an empty queue, attempts while SQS fails."""
@@ -128,6 +128,9 @@ class _Judge:
             m.cause, m.newest = True, ""
             return
         m.had_by.add(e.worker)
+        self._nobody_holds(e.message, m)  # the newest handle is the only one that counts
+        if m.nature == "mute":  # is left as it stands, at once
+            return
         m.holders[e.worker] = e.seconds
         self.held[e.worker].add(e.message)
 
@@ -145,10 +148,6 @@ class _Judge:
 
     def _expired(self, e: Event, m: _Message) -> None:
         if m.newest in m.holders:
-            if m.nature == "mute":  # is left as it stands
-                m.holders.pop(m.newest)
-                self.held[m.newest].discard(e.message)
-                return
             self.breach("expired while held", e.message, f"by {m.newest}, receive {m.receives}")
 
     def _deleted(self, e: Event, m: _Message) -> None:
@@ -157,6 +156,7 @@ class _Judge:
             self.breach("deleted unanswered", e.message, m.nature)
         if e.note != STALE:
             m.gone = True
+            self._nobody_holds(e.message, m)
 
     def _dead(self, e: Event, m: _Message) -> None:
         m.dead = m.gone = True
@@ -177,6 +177,11 @@ class _Judge:
             self.verdict.counts["repeats"] += 1
         if m.accepted > 1 + m.excuses:
             self.breach("answered twice", e.message, f"{m.accepted} times, {m.excuses} with a reason")
+
+    def _nobody_holds(self, name: str, m: _Message) -> None:
+        for worker in m.holders:
+            self.held[worker].discard(name)
+        m.holders.clear()
 
     def _settled(self, e: Event, m: _Message) -> None:
         m.holders.pop(e.worker, None)

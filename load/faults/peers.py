@@ -27,6 +27,13 @@ class Peers:
         self.accepted = 0
 
     async def image(self, request: web.Request) -> web.StreamResponse:
+        """``GET /number/nature.png``"""
+        try:
+            return await self._image(request)
+        except ConnectionError:  # the worker left: it was killed, or had waited for long enough
+            return _cut(request)
+
+    async def _image(self, request: web.Request) -> web.StreamResponse:
         number, nature = _of(request)
         fault = self._chance.fault("image", number)
         if fault and fault != "slow":
@@ -37,6 +44,7 @@ class Peers:
             return _cut(request)
         if fault == "hang":
             await asyncio.sleep(HANG_S)
+            return _cut(request)
         if nature == "missing":
             return web.Response(status=404)
         data = picture(number, nature)
@@ -51,6 +59,7 @@ class Peers:
         return response
 
     async def callback(self, request: web.Request) -> web.StreamResponse:
+        """``POST /number/nature``"""
         number, nature = _of(request)
         answer = json.loads(await request.read())
         message = request.headers.get("webhook-id", "")

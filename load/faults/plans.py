@@ -22,6 +22,8 @@ class Plan:
     seconds: float = 0.0
     backlog: int = 300
     """With ``seconds``: messages in the queue or in flight that sending keeps to."""
+    pace: float = 50.0
+    """With ``seconds``: messages a second that it sends at most, because the ledger of half an hour lies in memory."""
     rate: float = 0.0
     """The share of everything that fails: see :data:`load.faults.chance.FAULTS`."""
     natures: Mapping[str, float] = field(default_factory=dict)
@@ -31,6 +33,8 @@ class Plan:
     """SIGKILLs spread over the messages at random, each followed by a new worker."""
     stops: int = 0
     """SIGTERMs, likewise, and nobody new."""
+    outage: float = 0.0
+    """Seconds without SQS, once a tenth of the messages is answered."""
     kill_every: float = 0.0
     """With ``seconds``: the first worker ends about so often, by SIGKILL and SIGTERM in turn, and a new one follows."""
     visibility: int = 15
@@ -75,6 +79,14 @@ PLANS = {
         visibility=600,
         within=60,
         rules=Rules(most_receives=2),
+    ),
+    "outage": Plan(
+        "SQS is away for a while: nothing expires, nothing is repeated, nobody calls it in a loop",
+        messages=600,
+        outage=8,
+        visibility=30,
+        flags=QUICK,
+        rules=Rules(most_receives=1, calls_per_message=1),
     ),
     "poison": Plan(
         "one picture in a hundred ends its process or hangs in it",

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from aiohttp import web
@@ -80,7 +81,7 @@ class Run:
                         await worker.kill()
         verdict = judge(self.ledger.events, self.plan.rules)
         verdict.violations += [Violation("growth", detail=each) for each in grown(self.samples)]
-        for worker in self.ended:
+        for worker in self.ended:  # its children may take a moment
             if left := await worker.orphans(ORPHANS_S):
                 verdict.violations.append(Violation("processes left behind", detail=f"{worker.name}: {left}"))
         return Report(
@@ -108,13 +109,15 @@ class Run:
         self.sqs.send(body(number, nature, self._images, self._callbacks), nature)
 
     async def _send(self) -> None:
-        until = self.ledger.clock() + self.plan.seconds
-        while self.sent < self.plan.messages if not self.plan.seconds else self.ledger.clock() < until:
-            if not self.plan.seconds or self.sqs.open < self.plan.backlog:
+        plan, began = self.plan, self.ledger.clock()
+        if not plan.seconds:
+            for _ in range(plan.messages):
                 self._send_one()
-                if self.sent % 50:
-                    continue
-            await asyncio.sleep(LOOK_S if self.plan.seconds else 0)
+        while (elapsed := self.ledger.clock() - began) < plan.seconds:
+            if self.sqs.open < plan.backlog and self.sent < plan.pace * elapsed:
+                self._send_one()
+            else:
+                await asyncio.sleep(LOOK_S)
 
     async def _end_some(self) -> None:
         """End workers: at random points of the work, or every so many seconds."""
@@ -122,9 +125,12 @@ class Run:
         ends = plan.kills + plan.stops
         for n in range(ends):
             point = plan.messages * (n + chance.random()) / (ends + 0.5)
-            await self._until(lambda point=point: self.peers.accepted >= point, plan.within)
+            await self._until(partial(self._accepted, point), plan.within)
             await asyncio.sleep(chance.random() * 0.2)
             await self._replace(kill=n < plan.kills, new=n < plan.kills)
+        if plan.outage:
+            await self._until(partial(self._accepted, plan.messages / 10), plan.within)
+            self.sqs.down_until = self.ledger.clock() + plan.outage
         until = self.ledger.clock() + plan.seconds
         for n in range(1_000_000):
             pause = plan.kill_every * (0.5 + chance.random())
@@ -151,12 +157,15 @@ class Run:
         self.stops_took.append(await worker.stop(STOP_WITHIN_S))
 
     async def _watch(self, worker: Worker) -> None:
-        """Measure the worker that nobody ends."""
-        while True:
-            sample = await asyncio.to_thread(lambda: look(worker.tree()))
-            if sample is not None:
+        """Measure the worker that nobody ends, while its model process is there."""
+        while worker.alive:
+            sample = await asyncio.to_thread(lambda: look(worker.tree()) if worker.whole() else None)
+            if sample is not None and worker.alive:
                 self.samples.append(sample)
             await asyncio.sleep(max(SAMPLE_S, self.plan.seconds / SAMPLES))
+
+    def _accepted(self, point: float) -> bool:
+        return self.peers.accepted >= point
 
     async def _until(self, condition: Callable[[], bool], within: float) -> bool:
         until = self.ledger.clock() + within

@@ -59,6 +59,8 @@ class Sqs:
         self._chance = chance
         self.visibility = visibility
         self.max_receives = max_receives
+        self.down_until = 0.0
+        """Until then, on the monotonic clock, every call fails."""
         self.open = 0
         """Messages neither deleted nor dead."""
         self._ready: deque[Message] = deque()
@@ -90,6 +92,8 @@ class Sqs:
         fault = ""
         if operation != "GetQueueAttributes":  # only asked for at start, where failing is the worker's right answer
             fault = self._chance.fault("receive" if operation == "ReceiveMessage" else "batch", operation)
+        if self._ledger.clock() < self.down_until:
+            fault = "503"
         if fault in ERRORS:
             status, code = ERRORS[fault]
             return _answer({"__type": f"com.amazonaws.sqs#{code}", "message": "by seed"}, status)

@@ -28,6 +28,8 @@ class Worker:
         self.family: list[psutil.Process] = []
         """Its children, as they were when it was last looked at."""
         self._ledger = ledger
+        self._read = 0
+        self._missing = 0
 
     @classmethod
     async def start(cls, name: str, environment: Mapping[str, str], folder: Path, ledger: Ledger) -> Worker:
@@ -62,6 +64,16 @@ class Worker:
                 raise RuntimeError(f"{self.name} is not ready ({self.process.returncode}):\n{self.text()[-3000:]}")
             await asyncio.sleep(0.05)
         self.tree()
+
+    def whole(self) -> bool:
+        """Whether no model process of it is being replaced, as its log tells."""
+        with self.log.open("rb") as file:
+            file.seek(self._read)
+            text = file.read()
+        text = text[: text.rfind(b"\n") + 1]
+        self._read += len(text)
+        self._missing += text.count(b'"the model process ended"') - text.count(b'"the model process is back"')
+        return not self._missing
 
     def tree(self) -> list[psutil.Process]:
         """Its processes, itself first."""

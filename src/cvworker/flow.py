@@ -52,9 +52,14 @@ class Flow:
         if not self._custody.alive(job):
             self.settle(job, LOST)
             return
-        url = job.request.callback_url
-        if url is not None and self.sender is not None and self.sender.crowded(url):
-            self.settle(job, self._custody.unanswered(job), problem="too many answers wait for the callback's host")
+        if job.error is not None:
+            self._metrics.errors.labels(job.error.code).inc()
+            await self._results_queue.aput(job)
+            return
+        url, sender = job.request.callback_url, self.sender
+        if url is not None and sender is not None and sender.crowded(url, last=self._custody.last_attempt(job)):
+            outcome = self._custody.unanswered(job, sender.paused_for(url))
+            self.settle(job, outcome, problem="too many answers wait for the callback's host")
             return
         image_url = job.request.image_url or ""
         error = None
@@ -83,12 +88,6 @@ class Flow:
             self._metrics.timed("preprocess", job.timings_ms["preprocess"] / 1000)
         if self._to_be_answered(job, error):
             self._results_queue.put(job)
-
-    def refused(self, job: Job) -> None:
-        """The request itself cannot be worked on: it is answered with its error."""
-        assert job.error is not None
-        self._metrics.errors.labels(job.error.code).inc()
-        self._results_queue.put(job)
 
     def dropped(self, job: Job) -> None:
         """The lease was lost on the way: the message is somebody else's now."""
@@ -142,15 +141,19 @@ class Flow:
         )
 
     async def _post(self, job: Job, url: str) -> int:
-        assert self.sender is not None
         try:
-            return (await self.sender.post(url, job.request.key, self._body(job))).status
+            return await self._post_to(url, job)
         except UrlNotAllowed as refused:
             if self._default_callback in (None, url):
                 raise
             job.result, job.error = None, UrlNotAllowed(f"callback_url: {refused}")
             self._metrics.errors.labels(job.error.code).inc()
-            return (await self.sender.post(self._default_callback or "", job.request.key, self._body(job))).status
+            return await self._post_to(self._default_callback or "", job)
+
+    async def _post_to(self, url: str, job: Job) -> int:
+        assert self.sender is not None
+        sent = await self.sender.post(url, job.request.key, self._body(job), last=self._custody.last_attempt(job))
+        return sent.status
 
     def _body(self, job: Job) -> bytes:
         assert self.info is not None

@@ -341,10 +341,12 @@ class GuardedSession:
         *,
         headers: Mapping[str, str] | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - it is asyncio.timeout, which nobody must forget
+        https_only: bool = False,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """GET, following redirects. ``timeout`` is in seconds, from the first look-up to the end of the ``async with``.
 
-        ``headers`` go to the origin of ``url`` only. Raises DownloadFailed at the sixth redirect.
+        ``headers`` go to the origin of ``url`` only. ``https_only`` refuses a redirect to plain http. Raises
+        DownloadFailed at the sixth redirect.
         """
         async with asyncio.timeout(timeout):
             target = self._guard.check_url(url)
@@ -355,6 +357,8 @@ class GuardedSession:
                         yield response
                         return
                 origin, target = target.origin(), self._redirected(target, location)
+                if https_only and target.scheme != "https":
+                    raise UrlNotAllowed("redirect refused: it is not to https")
                 if target.origin() != origin:
                     headers = None  # for good: a hop back is some other host's wish
             raise DownloadFailed(f"more than {MAX_REDIRECTS} redirects")

@@ -229,6 +229,8 @@ class Settings(BaseSettings):
                 values[name] = ["***"] * len(values[name])
             elif name.endswith("_url") and values[name]:
                 values[name] = re.sub(r"[?#].*", "", values[name])
+            elif name == "weights" and values[name]:  # the digest stays
+                values[name] = re.sub(r"^(https?:[^?]*)\?[^#]*", r"\1", values[name], flags=re.IGNORECASE)
         return {name: values[name] for name in Settings.model_fields}
 
 

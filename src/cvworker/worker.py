@@ -97,7 +97,6 @@ class Worker:
             allowed_buckets={*s.allowed_buckets, *weights.bucket_of(s.weights)},
             max_receives=self.queue.max_receives,
             max_attempts=s.max_attempts,
-            refuse=lambda job: self.flow.refused(job),
             to_sqs=self.acks.put,
         )
         self.flow = Flow(

@@ -122,6 +122,13 @@ def test_a_worker_that_stops_must_have_given_everything_back() -> None:
     assert found("a started", "a received", "a stopping", "a hidden seconds=0", "a stopped", "- expired", *rest) == []
 
 
+def test_who_has_a_message_by_an_old_handle_has_it_no_more() -> None:
+    duplicate = f"b received count=2 note={DUPLICATE}"
+    stop = ("a stopping", "a stopped")
+    assert found("a started", "a received", duplicate, "b callback count=2", "b deleted", *stop) == []
+    assert found("a started", "a received", duplicate, *stop, "b callback count=2", "b deleted") == []
+
+
 def test_a_worker_that_goes_on_gives_nothing_back_at_once() -> None:
     rest = ("- expired", "b received count=2", "b callback count=2", "b deleted")
     assert found("a received", "a hidden seconds=0", *rest) == ["given back by a worker that does not stop"]

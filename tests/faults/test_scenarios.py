@@ -1,6 +1,7 @@
 """Short runs of the fault harness: whole workers, peers that fail by seed, and a judge that must find nothing.
 
-The runs wait more than they work, so they go on side by side; each test waits for its own. ``make soak`` is the long one.
+The runs wait more than they work, so they go on side by side, and each test waits for its own.
+``make soak`` is the long one.
 """
 
 from __future__ import annotations
@@ -103,6 +104,13 @@ def test_with_a_visibility_of_5_s_and_callbacks_of_12_s_no_message_expires_while
 @run_of("stop --seed 7")
 def test_when_one_of_two_workers_stops_the_other_finishes_without_waiting_for_a_timeout(shown: Shown) -> None:
     assert (shown.count("answered"), shown.count("stopped"), shown.count("repeats")) == (2000, 2, 0)
+
+
+@run_of("outage --seed 7")
+def test_while_sqs_is_away_nothing_expires_and_nobody_calls_it_in_a_loop(shown: Shown) -> None:
+    assert shown.count("answered") == shown.count("received") == 600
+    assert shown.count("SQS calls") < 400
+    assert shown.count("expired") == shown.count("repeats") == 0
 
 
 @run_of("poison --seed 10")

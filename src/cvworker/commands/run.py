@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 
 from cvworker.settings import Settings, unknown_variables
 
@@ -24,4 +26,8 @@ class Run(Settings):
         configure(self.log_format, self.log_level)
         for line in unknown_variables(set(type(self).model_fields)):
             structlog.get_logger(__name__).warning(line)
-        return asyncio.run(Service(self).run())
+        code = asyncio.run(Service(self).run())
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Everything is settled; a thread that still waits for a slow S3 must not hold up the end.
+        os._exit(code)

@@ -22,6 +22,8 @@ from cvworker.model.config import ModelConfig
 HIDDEN_PREFIXES = ("AWS_", "CVWORKER_CALLBACK_SECRET", "ECS_")
 """Variables the model process does not get: it decodes untrusted bytes and needs no credentials."""
 DUMP_S = 0.3
+READY_TIMEOUT_S = 900.0
+"""For importing the module, ``setup`` with the largest of models, and warm-up."""
 
 log = structlog.get_logger(__name__)
 
@@ -49,8 +51,13 @@ class ModelLink:
         """Wait until the model is loaded and warm; what it says of itself.
 
         Raises:
-            StartupError: it says that it cannot run, or it ended.
+            StartupError: it says that it cannot run, it ended, or it takes longer than :data:`READY_TIMEOUT_S`.
         """
+        if not self._connection.poll(READY_TIMEOUT_S):
+            self.kill(dump=True)
+            raise StartupError(
+                f"module: it was not ready after {READY_TIMEOUT_S:.0f} s; its stacks are in the log above"
+            )
         for frame in self.frames():
             if "ready" in frame:
                 ready: dict[str, Any] = frame["ready"]

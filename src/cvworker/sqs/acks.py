@@ -87,9 +87,11 @@ class Acks:
 
     def _run(self) -> None:
         while batch := self._next():
+            all_well = True
             for part in ([a for a in batch if a.deletes], [a for a in batch if not a.deletes]):
                 for start in range(0, len(part), MAX_BATCH):
-                    self._send(part[start : start + MAX_BATCH])
+                    all_well &= self._send(part[start : start + MAX_BATCH])
+            self._failures = 0 if all_well else self._failures + 1
 
     def _next(self) -> list[_Ack]:
         """What to send now; empty when there is nothing left and none will come."""
@@ -108,16 +110,14 @@ class Acks:
     def _past_giving_up(self) -> bool:
         return self._clock.monotonic() >= self._give_up_at
 
-    def _send(self, acks: list[_Ack]) -> None:
-        if not acks:
-            return
+    def _send(self, acks: list[_Ack]) -> bool:
+        """One call; False if some of it must be tried again."""
         try:
             failed = self._call(acks)
-            self._failures = self._failures + 1 if any(not f.permanent for f in failed.values()) else 0
         except SQS_ERRORS as error:
-            self._failures += 1
             log.warning("sqs could not be told", operation="ack", messages=len(acks), error=_one_line(error))
             failed = {i: Failed(i, "", permanent=False) for i in range(len(acks))}
+        again = []
         for index, ack in enumerate(acks):
             failure = failed.get(index)
             if failure is None:
@@ -126,8 +126,10 @@ class Acks:
                 log.warning("not settled", message_id=ack.lease.message_id, outcome=ack.outcome.end, code=failure.code)
                 self._ended(ack.lease, ack.outcome)
             else:
-                with self._wake:
-                    self._waiting.append(ack)
+                again.append(ack)
+        with self._wake:
+            self._waiting.extend(again)
+        return not again
 
     def _call(self, acks: list[_Ack]) -> dict[int, Failed]:
         if acks[0].deletes:

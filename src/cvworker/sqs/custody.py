@@ -39,7 +39,6 @@ class Custody:
         allowed_buckets: Collection[str],
         max_receives: int | None,
         max_attempts: int,
-        refuse: Callable[[Job], None],
         to_sqs: Callable[[Lease, Outcome], None],
     ) -> None:
         self._leases = leases
@@ -50,13 +49,15 @@ class Custody:
         self._allowed_buckets = allowed_buckets
         self._max_receives = max_receives
         self._max_attempts = max_attempts
-        self._refuse = refuse
         self._to_sqs = to_sqs
         self._answered: OrderedDict[str, None] = OrderedDict()
         self._lock = threading.Lock()
 
     def admit(self, message: MessageTypeDef) -> list[Job]:
-        """Hold a message just received and return the jobs to begin (none for a message held already)."""
+        """Hold a message just received and return the jobs to begin (none for a message held already).
+
+        A request that cannot be worked on is among them, with its ``error`` to be answered.
+        """
         attributes = message.get("Attributes", {})
         now = self._clock.wall()
         lease = self._leases.add(
@@ -84,10 +85,8 @@ class Custody:
         for job in jobs:
             if job.request.key in self._answered:
                 self.settle(job, ANSWERED)
-            elif job.request.error is not None:
-                job.error = job.request.error
-                self._refuse(job)
             else:
+                job.error = job.request.error
                 begun.append(job)
         return begun
 
@@ -95,10 +94,13 @@ class Custody:
         """Whether the job is still worth working on."""
         return self._leases.alive(job.lease)
 
+    def last_attempt(self, job: Job) -> bool:
+        """Whether SQS will not deliver the message again: an error is the answer now, or there is none."""
+        return job.lease.attempt >= (self._max_receives or self._max_attempts)
+
     def verdict(self, job: Job, error: JobError) -> Outcome | None:
         """What an error means for the job: an outcome, or ``None`` to answer the client with it."""
-        last = job.lease.attempt >= (self._max_receives or self._max_attempts)
-        if error.retryable and not last:
+        if error.retryable and not self.last_attempt(job):
             return later(job.lease.attempt, getattr(error, "retry_after", None) or 0.0)
         return None
 

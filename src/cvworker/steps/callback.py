@@ -73,18 +73,25 @@ class CallbackSender:
         that is paused or slow wait here, and the others pass them by."""
         return (IN_HAND_ALONE if self.hosts.one_and_well() else IN_HAND) * self._concurrency
 
-    def crowded(self, url: str) -> bool:
-        """Whether an answer to ``url`` would only join a crowd: then the work for it had better wait, too."""
-        return self.hosts.crowded(host_of(url))
+    def crowded(self, url: str, *, last: bool) -> bool:
+        """Whether an answer to ``url`` would only join a crowd: then the work for it had better wait, too.
 
-    async def post(self, url: str, webhook_id: str, body: bytes) -> Sent:
+        On the ``last`` allowed receive it waits for a host that is well however slow: putting it off would lose it.
+        """
+        return self.hosts.crowded(host_of(url), patient=last)
+
+    def paused_for(self, url: str) -> float:
+        """Seconds that the host of ``url`` is left alone for, after failures."""
+        return self.hosts.paused_for(host_of(url))
+
+    async def post(self, url: str, webhook_id: str, body: bytes, *, last: bool = False) -> Sent:
         """Post ``body`` until it is accepted, as often and as long as is worth it in place.
 
         Raises:
             CallbackRefused: not accepted; UrlNotAllowed: this URL may not be called at all.
         """
         host = host_of(url)
-        if self.hosts.crowded(host):
+        if self.crowded(url, last=last):
             raise CallbackRefused("too many answers wait for this host", self.hosts.paused_for(host))
         with self.hosts.in_hand(host):
             return await self._try(url, host, webhook_id, body)

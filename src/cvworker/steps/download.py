@@ -6,7 +6,7 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -102,9 +102,16 @@ class Fetcher:
         length = response.content_length
         if length is not None and length > self._max_bytes:
             raise _too_large(length, self._max_bytes)
-        slot = await self._room(self._max_bytes if length is None else length, limit)
+        body, begun, whole = response.content.iter_any(), b"", False
+        if length is None:
+            begun, whole = await _beginning(body)
+            if len(begun) > self._max_bytes:
+                raise ImageTooLarge(f"the image has more than {self._max_bytes} bytes")
+        expected = len(begun) if whole else self._max_bytes
+        slot = await self._room(expected if length is None else length, limit)
         try:
-            async for data in response.content.iter_any():
+            slot.write(begun)
+            async for data in body:
                 if slot.length + len(data) > slot.room or slot.length + len(data) > self._max_bytes:
                     raise ImageTooLarge(f"the image has more than {self._max_bytes} bytes")
                 slot.write(data)
@@ -196,6 +203,20 @@ def _s3_error(error: ClientError, bucket: str) -> Exception:
 
 def _too_large(length: int, most: int) -> ImageTooLarge:
     return ImageTooLarge(f"the image has {length} bytes; at most {most} are allowed")
+
+
+async def _beginning(body: AsyncIterator[bytes]) -> tuple[bytes, bool]:
+    """The first bytes of a body of unknown length, and whether they are all of it.
+
+    Without a length the arena must keep room for the largest image allowed. Most are small, and a host that sends
+    slowly would take that room from others for as long as it likes: it is taken once there is something to keep in it.
+    """
+    begun = bytearray()
+    async for data in body:
+        begun += data
+        if len(begun) > READ_BYTES:
+            return bytes(begun), False
+    return bytes(begun), True
 
 
 def _check(response: aiohttp.ClientResponse) -> None:

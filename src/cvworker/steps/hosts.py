@@ -15,6 +15,8 @@ OPENS_AFTER = 5
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
 RECENT_S = 60.0
 """A host is one of several for this long after its last request."""
+QUEUE_AT_SLOW = 4
+"""How many may wait for a host that is slow but well, for each that may be under way at all."""
 REMEMBERED = 1000
 """Hosts whose failures are remembered; the least recently used is forgotten first."""
 
@@ -68,12 +70,17 @@ class Hosts:
         last = next(reversed(self._hosts.values()), None)
         return last is None or not (last.closed_until or self._others(last))
 
-    def crowded(self, name: str) -> bool:
-        """Whether so many wait for this host already that more would only be in the way of others."""
+    def crowded(self, name: str, *, patient: bool = False) -> bool:
+        """Whether so many wait for this host already that more would only be in the way of others.
+
+        A host that is only slow may have a longer queue, and who is ``patient`` joins it however long it is.
+        """
         host = self._hosts.get(name)
         if host is None or host.in_hand < self._limit():
             return False
-        return self.paused_for(name) > 0 or self._others(host)
+        if self.paused_for(name) > 0:
+            return True
+        return not patient and host.in_hand >= QUEUE_AT_SLOW * self._limit() and self._others(host)
 
     @contextmanager
     def in_hand(self, name: str) -> Iterator[None]:

@@ -71,6 +71,7 @@ class Inference:
         self.failure: WorkerFailed | None = None
         self.ready: dict[str, Any] = {}
         self._link: ModelLink | None = None
+        self._starting: ModelLink | None = None
         self.threads = [
             threading.Thread(target=self._feed, name="model-feed", daemon=True),
             threading.Thread(target=self._read, name="model-read", daemon=True),
@@ -113,8 +114,9 @@ class Inference:
     def kill(self) -> None:
         """End the process at once."""
         self._stopping = True
-        if self._link is not None:
-            self._link.kill()
+        for link in (self._link, self._starting):
+            if link is not None:
+                link.kill()
 
     def _feed(self) -> None:
         window = self._config.window
@@ -210,12 +212,13 @@ class Inference:
                     self._failed(job, ProcessFailed(f"its process ended while running on this image ({how})"))
         if self._restarts > MAX_RESTARTS:
             raise WorkerFailed(f"the model process ends again and again ({how}), no image at fault")
-        new = ModelLink(self._config, self._arena_fd)
+        new = self._starting = ModelLink(self._config, self._arena_fd)
         try:
             new.wait_ready()
         except StartupError:
             new.kill()
             raise
+        self._starting = None
         if self._stopping:
             new.kill()
             return
