@@ -20,6 +20,9 @@ test: lint ## lint, check types and run all tests (ARGS='-k name')
 soak: setup ## half an hour of mixed faults against whole workers (ARGS='--seconds 300 --seed 7')
 	$(python) -m load.faults mixed --seconds 1800 $(ARGS)
 
+fuzz: setup ## search for messages, URLs and pictures that break something; takes minutes (ARGS='-k urls')
+	HYPOTHESIS_PROFILE=fuzz $(python) -m pytest -o timeout=7200 tests/fuzz $(ARGS)
+
 lint: setup ## ruff and mypy, without the tests
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .

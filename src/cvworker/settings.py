@@ -93,8 +93,8 @@ class _SecretFiles(SecretsSettingsSource):
             raise SettingsError(f"{SECRETS_VARIABLE}: {place} cannot be read, or is not text") from None
 
 
-class Settings(BaseSettings):
-    """What a worker runs with."""
+class CommandLine(BaseSettings):
+    """What every command has in common: flags, variables and ``.env`` lines of the same names."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -109,8 +109,11 @@ class Settings(BaseSettings):
         cli_avoid_json=True,
         cli_show_env_vars=True,
         cli_exit_on_error=False,
-        validate_default=False,
     )
+
+
+class Settings(CommandLine):
+    """What a worker runs with."""
 
     queue_url: str | None = setting(
         "Queue", None, "SQS queue to consume; region, credentials and endpoint: boto3's chain"

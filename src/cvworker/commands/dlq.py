@@ -13,10 +13,10 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict
+from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
 from cvworker.errors import StartupError, UnsupportedTask
-from cvworker.settings import PREFIX, TextList, how_to_set
+from cvworker.settings import CommandLine, TextList, how_to_set
 
 if TYPE_CHECKING:
     from types_boto3_sqs import SQSClient
@@ -36,7 +36,7 @@ def seconds_in(text: str) -> float:
     return float(match[1]) * UNITS_S[match[2] or "s"]
 
 
-class Dlq(BaseSettings):
+class Dlq(CommandLine):
     """Look at what failed, or send it back to be tried again.
 
     look: the messages in the dead-letter queue, without taking them out. They are received, as SQS knows no other
@@ -52,19 +52,7 @@ class Dlq(BaseSettings):
               cvworker dlq redrive --queue-url https://sqs.eu-west-1.amazonaws.com/1234/images --older-than 1h --dry-run
     """
 
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX,
-        env_file=".env",
-        env_ignore_empty=True,
-        extra="ignore",
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        cli_avoid_json=True,
-        cli_show_env_vars=True,
-        cli_exit_on_error=False,
-        cli_shortcuts={"as-json": "json"},
-    )
+    model_config = SettingsConfigDict(cli_shortcuts={"as-json": "json"})
 
     action: CliPositionalArg[Literal["look", "redrive"]] = Field(description="What to do")
     queue_url: str | None = Field(None, description="The source queue; its redrive policy names the dead-letter queue")

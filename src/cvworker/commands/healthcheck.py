@@ -9,26 +9,15 @@ import urllib.request
 from typing import Literal
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from cvworker.settings import PREFIX, Settings
+from cvworker.settings import CommandLine, Settings
 
 
-class Healthcheck(BaseSettings):
+class Healthcheck(CommandLine):
     """Ask a running worker whether it is alive (or ready): exit code 0 if so, 1 if not. For container health checks.
 
     example: cvworker healthcheck --http-port 8080
     """
-
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX,
-        env_file=".env",
-        env_ignore_empty=True,
-        extra="ignore",
-        cli_kebab_case=True,
-        cli_show_env_vars=True,
-        cli_exit_on_error=False,
-    )
 
     http_host: str = Settings.model_fields["http_host"].default
     http_port: int = Field(Settings.model_fields["http_port"].default, ge=1, le=65535)

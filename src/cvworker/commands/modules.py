@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic_settings import BaseSettings, SettingsConfigDict
-
 from cvworker.loading import installed
+from cvworker.settings import CommandLine
 
 
-class Modules(BaseSettings):
+class Modules(CommandLine):
     """List the modules that installed packages offer (entry-point group cvworker.modules)."""
-
-    model_config = SettingsConfigDict(cli_exit_on_error=False)
 
     def main(self) -> int:
         for name, entry in installed().items():

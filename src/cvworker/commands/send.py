@@ -7,13 +7,13 @@ import sys
 from typing import Any
 
 from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict
+from pydantic_settings import CliPositionalArg
 
 from cvworker.errors import StartupError
-from cvworker.settings import PREFIX, Settings, how_to_set
+from cvworker.settings import CommandLine, Settings, how_to_set
 
 
-class Send(BaseSettings):
+class Send(CommandLine):
     """Enqueue requests: from a JSON-lines or CSV file, from stdin (requests or plain URLs, one a line), or one for
     each image under an s3:// prefix. What a request lacks is filled in from the options.
 
@@ -23,19 +23,6 @@ class Send(BaseSettings):
 
               cvworker send s3://bucket/2026/11/ --callback-url https://api.example.com/answers --task threat
     """
-
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX,
-        env_file=".env",
-        env_ignore_empty=True,
-        extra="ignore",
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        cli_avoid_json=True,
-        cli_show_env_vars=True,
-        cli_exit_on_error=False,
-    )
 
     source: CliPositionalArg[str] = Field("-", description="A file, s3://bucket/prefix, or - for stdin")
     queue_url: str | None = Field(None, description=Settings.model_fields["queue_url"].description)

@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -198,10 +199,16 @@ def main() -> None:
     configure(config.log_format, config.log_level)
     process = ModelProcess(connection, config, arena_fd)
     try:
-        process.run()
-    except StartupError as error:
-        process.send({"unusable": str(error)})
-        os._exit(2)
+        try:
+            process.run()
+        except StartupError as error:
+            process.send({"unusable": str(error)})
+            os._exit(2)
+    except ConnectionError:
+        os._exit(0)  # the worker is gone; nobody is left to answer to
+    except BaseException:  # an ordinary exit would wait for the DataLoader's processes, which wait for work
+        traceback.print_exc()
+        os._exit(70)
 
 
 def _start_fork_server(config: ModelConfig) -> None:

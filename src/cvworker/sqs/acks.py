@@ -112,15 +112,18 @@ class Acks:
 
     def _send(self, acks: list[_Ack]) -> bool:
         """One call; False if some of it must be tried again."""
+        receipts = [ack.lease.receipt for ack in acks]
         try:
-            failed = self._call(acks)
+            failed = self._call(acks, receipts)
         except SQS_ERRORS as error:
             log.warning("sqs could not be told", operation="ack", messages=len(acks), error=_one_line(error))
             failed = {i: Failed(i, "", permanent=False) for i in range(len(acks))}
         again = []
         for index, ack in enumerate(acks):
             failure = failed.get(index)
-            if failure is None:
+            if ack.lease.receipt != receipts[index] and not self._past_giving_up():
+                again.append(ack)  # received again meanwhile: what the old handle was told may have had no effect
+            elif failure is None:
                 self._ended(ack.lease, ack.outcome)
             elif failure.permanent or failure.lost or self._past_giving_up():
                 log.warning("not settled", message_id=ack.lease.message_id, outcome=ack.outcome.end, code=failure.code)
@@ -131,13 +134,13 @@ class Acks:
             self._waiting.extend(again)
         return not again
 
-    def _call(self, acks: list[_Ack]) -> dict[int, Failed]:
+    def _call(self, acks: list[_Ack], receipts: list[str]) -> dict[int, Failed]:
         if acks[0].deletes:
-            failed = self._queue.delete([ack.lease.receipt for ack in acks])
+            failed = self._queue.delete(receipts)
         else:
             with self._visibility_calls:
                 failed = self._queue.change_visibility(
-                    [(ack.lease.receipt, math.ceil(ack.outcome.delay or 0)) for ack in acks]
+                    [(to, math.ceil(ack.outcome.delay or 0)) for ack, to in zip(acks, receipts, strict=True)]
                 )
         return {failure.index: failure for failure in failed}
 
