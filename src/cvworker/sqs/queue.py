@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 MAX_BATCH = 10
 CONNECT_TIMEOUT_S = 5
 READ_MARGIN_S = 15
+SETTLE_TIMEOUT_S = 6
+"""These calls take milliseconds; one that hangs must leave time to try again before a lease ends."""
 LOST_CODES = frozenset({"ReceiptHandleIsInvalid", "MessageNotInflight", "InvalidParameterValue"})
 MAX_VISIBILITY_S = 43200
 SQS_ERRORS = (BotoCoreError, ClientError)
@@ -59,7 +61,7 @@ class Queue:
         self.url = url
         self.wait_s = wait_s
         self._polling = _client(url, receive_threads, wait_s + READ_MARGIN_S)
-        self._settling = _client(url, 4, READ_MARGIN_S)
+        self._settling = _client(url, 4, SETTLE_TIMEOUT_S)
         self.visibility_timeout = 30
         self.max_receives: int | None = None
         self.dead_letter_arn: str | None = None
