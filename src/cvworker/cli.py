@@ -87,13 +87,16 @@ def _run(name: str, arguments: list[str]) -> int:
     from pydantic import ValidationError
     from pydantic_settings import CliApp, SettingsError
 
+    from cvworker.settings import PREFIX, flag
+
     place, _, attribute = COMMANDS[name].settings.partition(":")
     cls = getattr(import_module(place), attribute)
-    if any(argument.startswith("--callback-secret") for argument in arguments):
-        raise StartupError(
-            "callback_secret: a secret on the command line can be read by every user of the machine; "
-            "use CVWORKER_CALLBACK_SECRET or .env"
-        )
+    for secret in ("callback_secret", "egress_proxy"):
+        if any(argument.startswith(flag(secret)) for argument in arguments):
+            raise StartupError(
+                f"{secret}: a secret on the command line can be read by every user of the machine; "
+                f"use {PREFIX}{secret.upper()} or .env"
+            )
     cls.__doc__ = inspect.cleandoc(cls.__doc__ or "")
     cls.model_config["cli_prog_name"] = f"cvworker {name}"
     try:

@@ -160,6 +160,7 @@ class _Run:
             "callback_secret": self.secret,
             "allowed_hosts": ",".join(hosts),
             "allow_private_networks": "false",
+            "egress_proxy": "",
             "http_port": str(port),
         }
         variables = environment(s, forced) | self.sqs.environment()

@@ -19,7 +19,7 @@ import structlog
 from cvworker.errors import StartupError
 from cvworker.model.config import ModelConfig
 
-HIDDEN_PREFIXES = ("AWS_", "CVWORKER_CALLBACK_SECRET", "ECS_")
+HIDDEN_PREFIXES = ("AWS_", "CVWORKER_CALLBACK_SECRET", "CVWORKER_EGRESS_PROXY", "CVWORKER_SECRETS_DIR", "ECS_")
 """Variables the model process does not get: it decodes untrusted bytes and needs no credentials."""
 DUMP_S = 0.3
 READY_TIMEOUT_S = 900.0

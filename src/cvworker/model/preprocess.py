@@ -29,6 +29,7 @@ from cvworker.errors import JobError, PreprocessFailed, crosses
 from cvworker.loading import load, make
 from cvworker.model.config import ModelConfig
 from cvworker.module import Module
+from cvworker.observe.logs import configure
 
 DESCRIPTOR = struct.Struct("<QQQ")
 """What a worker pulls: the job's number, and where its bytes are in the arena (offset, length)."""
@@ -134,6 +135,7 @@ class Images(IterableDataset[Chunk]):
         row = self._slots[info.id if info else 0]
         row[SLOT_PID] = os.getpid()
         if info is not None:
+            configure(config.log_format, config.log_level)  # a process of its own: nothing is inherited
             _limit_memory(config.max_image_pixels)
             while wanted := _pull(inlet, config.chunk, info.num_workers):
                 yield self._chunk([self._one(memory, each, row) for each in wanted]).stack()
