@@ -18,7 +18,7 @@ import pytest
 from aiohttp import web
 
 from cvworker import weights
-from cvworker.embedded.image_host import ThreadServer
+from cvworker.embedded.server import ThreadServer
 from cvworker.embedded.sqs import EmbeddedSqs
 from cvworker.errors import StartupError
 from cvworker.net import AddressGuard, GuardedSession

@@ -13,7 +13,7 @@ from typing import Any
 
 from aiohttp import web
 
-from cvworker.embedded.image_host import ThreadServer
+from cvworker.embedded.server import ThreadServer
 
 Reply = int | tuple[int, Mapping[str, str]]
 """A status, or a status and headers."""
