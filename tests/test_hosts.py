@@ -67,6 +67,23 @@ def test_a_host_gets_no_more_than_half_while_another_wants_some() -> None:
     asyncio.run(main())
 
 
+def test_a_limit_that_grows_is_noticed_with_the_next_request() -> None:
+    async def main() -> None:
+        limit = 2
+        hosts = Hosts(lambda: limit, Stepped())
+        stuck = [asyncio.create_task(_hold(hosts, "stuck")) for _ in range(4)]
+        await _settle()
+        assert hosts.under_way == 2
+        limit = 16
+        async with asyncio.timeout(1), hosts.slot("other"):
+            assert hosts.under_way == 5
+        for task in stuck:
+            task.cancel()
+        await asyncio.gather(*stuck, return_exceptions=True)
+
+    asyncio.run(main())
+
+
 def test_a_slow_host_never_takes_the_half_that_another_used_a_moment_ago() -> None:
     async def main() -> None:
         clock = Stepped()

@@ -108,6 +108,7 @@ class Hosts:
                 host.probing = False
 
     async def _turn(self, host: _Host) -> None:
+        self._hand_out()  # the limit may have grown since the last one left
         if host.waiting or not self._may(host):
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             host.waiting.append(turn)
@@ -168,7 +169,10 @@ class Hosts:
     def _leave(self, host: _Host) -> None:
         host.under_way -= 1
         self._under_way -= 1
-        # Whose turn it is: the hosts with the fewest under way first, so that nobody's backlog is everybody's.
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Give free slots to who waits: first where the fewest are under way, so nobody's backlog is everybody's."""
         while self._waiting:
             ready = [each for each in self._hosts.values() if each.waiting and self._may(each)]
             if not ready:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from cvworker.job import Job
     from cvworker.queues import JobQueue
 
+RECHECK_S = 0.5
+
 log = structlog.get_logger(__name__)
 
 
@@ -55,7 +57,11 @@ class JobPool:
             while True:
                 while len(self._in_hand) >= self._limit():
                     self._freed.clear()
-                    await self._freed.wait()
+                    try:
+                        async with asyncio.timeout(RECHECK_S):
+                            await self._freed.wait()
+                    except TimeoutError:
+                        pass  # the limit may have grown meanwhile
                 job = await self._inbox.aget()
                 self.jobs.add(job)
                 task = asyncio.create_task(self._one(job))
