@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from world import MiniStack, World, world
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's & has it: what tests start must hear Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 for name in list(os.environ):  # a developer's own settings and credentials must not reach the tests
     if name.startswith(("CVWORKER_", "AWS_")):

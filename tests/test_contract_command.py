@@ -250,7 +250,7 @@ def test_send_refuses_what_is_no_request_and_names_its_line(fast_world: World, t
 def test_send_makes_a_request_of_each_picture_below_a_prefix(tmp_path: Path) -> None:
     with EmbeddedSqs() as sqs:
         queue = sqs.create_queue("prefix")
-        s3 = boto3.client(
+        s3 = boto3.Session().client(
             "s3", endpoint_url=sqs.endpoint, aws_access_key_id="t", aws_secret_access_key="t", region_name="us-east-1"
         )
         s3.create_bucket(Bucket="pictures")

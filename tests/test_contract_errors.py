@@ -103,7 +103,7 @@ def case(tmp_path_factory: pytest.TempPathFactory, guarded: Any) -> Iterator[Sim
         sqs = stack.enter_context(EmbeddedSqs())
         odd = stack.enter_context(OddHost())
         here = stack.enter_context(world(folder, sqs=sqs, name="errors", max_receives=2))
-        s3 = boto3.client(
+        s3 = boto3.Session().client(
             "s3", endpoint_url=sqs.endpoint, aws_access_key_id="t", aws_secret_access_key="t", region_name="us-east-1"
         )
         for bucket in ("pictures", "secrets"):

@@ -119,7 +119,7 @@ def case(tmp_path_factory: pytest.TempPathFactory, endless: Any) -> Iterator[Sim
     with ExitStack() as stack:
         sqs = stack.enter_context(EmbeddedSqs())
         here = stack.enter_context(world(tmp_path_factory.mktemp("messages"), sqs=sqs, name="all", max_receives=2))
-        s3 = boto3.client(
+        s3 = boto3.Session().client(
             "s3", endpoint_url=sqs.endpoint, aws_access_key_id="t", aws_secret_access_key="t", region_name="us-east-1"
         )
         s3.create_bucket(Bucket="pictures")

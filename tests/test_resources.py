@@ -12,6 +12,8 @@ from world import WorkerProcess, World, poll
 IDLE_S = 60
 IDLE_SHARE = 0.03
 LONG_POLL_S = 10
+KEPT_CONNECTIONS = 64
+"""Descriptors that come and go with connections kept alive; a leak would be a share of ten thousand."""
 
 
 def _tree(worker: WorkerProcess) -> list[psutil.Process]:
@@ -65,7 +67,7 @@ def test_memory_threads_and_descriptors_do_not_grow_with_the_number_of_messages(
     after = (_private_bytes(worker), *_counts(worker))
     assert after[0] < before[0] * 1.05 + 8 * 2**20, (before, after)
     assert after[1] <= before[1] + 2, (before, after)
-    assert after[2] <= before[2] + 16, (before, after)
+    assert after[2] <= before[2] + KEPT_CONNECTIONS, (before, after)
 
 
 def _counts(worker: WorkerProcess) -> tuple[int, int]:

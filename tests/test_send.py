@@ -34,7 +34,7 @@ def queue(sqs: EmbeddedSqs, request: pytest.FixtureRequest) -> str:
 def s3(sqs: EmbeddedSqs, monkeypatch: pytest.MonkeyPatch) -> Any:
     for name, value in sqs.environment().items():
         monkeypatch.setenv(name, value)
-    client = boto3.client("s3")
+    client = boto3.Session().client("s3")
     client.create_bucket(Bucket="pictures")
     return client
 

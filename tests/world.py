@@ -82,7 +82,7 @@ class MiniStack:
         }
 
     def client(self) -> Any:
-        return boto3.client(
+        return boto3.Session().client(
             "sqs",
             endpoint_url=self.endpoint,
             region_name="us-east-1",

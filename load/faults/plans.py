@@ -61,7 +61,7 @@ MIXED = {
 }
 
 PLANS = {
-    "kills": Plan("kill -9 at random moments, a new worker each time", messages=2000, kills=10),
+    "kills": Plan("kill -9 at random moments, a new worker each time", messages=2000, kills=10, within=400),
     "faults": Plan("a fifth of everything fails", messages=1000, rate=0.2, natures=MIXED, within=180),
     "slow": Plan(
         "callbacks that take longer than twice the visibility timeout",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
+from cvworker import aws
 from cvworker.errors import StartupError, UnsupportedTask
 from cvworker.settings import CommandLine, TextList, how_to_set
 
@@ -111,7 +112,6 @@ def find(queue_url: str | None, dead_letter_url: str | None, *, to_redrive: bool
 
     Raises StartupError where none can be found, the two do not belong together, or one cannot be used.
     """
-    import boto3
     from botocore.config import Config
 
     from cvworker.dlq import DeadLetters
@@ -124,7 +124,9 @@ def find(queue_url: str | None, dead_letter_url: str | None, *, to_redrive: bool
             raise StartupError(f"{shown(url)} is a FIFO queue, which cvworker does not serve")
     region = open_client(queue_url or dead_letter_url or "").meta.region_name
     retries: Any = {"mode": "standard", "total_max_attempts": 4}  # a long move should outlive a bad moment
-    client = boto3.client("sqs", region_name=region, config=Config(connect_timeout=CONNECT_TIMEOUT_S, retries=retries))
+    client = aws.session().client(
+        "sqs", region_name=region, config=Config(connect_timeout=CONNECT_TIMEOUT_S, retries=retries)
+    )
     if dead_letter_url and to_redrive and not queue_url:
         queue_url = _only_source(client, dead_letter_url)
     source = _attributes(client, queue_url, "queue_url") if queue_url else {}
