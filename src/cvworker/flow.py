@@ -99,7 +99,7 @@ class Flow:
 
     async def answer(self, job: Job) -> None:
         """Post one job's answer and settle it."""
-        if job.lease.lost:
+        if job.ended or job.lease.lost:
             self.settle(job, LOST)
             return
         url = job.request.callback_url
@@ -123,6 +123,7 @@ class Flow:
     def settle(self, job: Job, outcome: Outcome, **why: Any) -> None:
         """End a job and write its one line in the log."""
         if job.ended:
+            job.drop_image()  # a download that was given up may have ended well at that moment
             return
         self._custody.settle(job, outcome)
         timings = {name: round(value, 1) for name, value in job.timings_ms.items()}

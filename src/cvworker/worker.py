@@ -188,8 +188,9 @@ class Worker:
         if self.failure:
             self.inference.kill()
         await asyncio.to_thread(self.inference.stop, left(0.6))
+        self.results_queue.close()  # a result that waits for room there waits no more
+        await asyncio.to_thread(self.inference.join, 1)
         self._release([*self.inference_queue.drain(), *self.inference.held()])
-        self.results_queue.close()
         await asyncio.wait([answering], timeout=left(0.7))
         if not answering.done():
             self._release(self.answering.jobs)
@@ -197,7 +198,8 @@ class Worker:
         self._release(self.results_queue.drain())
         if not await asyncio.to_thread(self.receiver.join, left(0.75)):
             log.warning("a receive call did not return; what it was given stays hidden for its visibility timeout")
-        self._release(self.download_queue.drain())
+        for queue in self.queues:  # what a step that was given up still handed on
+            self._release(queue.drain())
         await asyncio.to_thread(self.acks.stop, self.clock.monotonic() + left(0.85))
         self.heartbeat.stop()
         log.info("stopped", held=len(self.leases), took_s=round(self.clock.monotonic() - began, 1))

@@ -92,7 +92,7 @@ class Custody:
 
     def alive(self, job: Job) -> bool:
         """Whether the job is still worth working on."""
-        return self._leases.alive(job.lease)
+        return not job.ended and self._leases.alive(job.lease)
 
     def last_attempt(self, job: Job) -> bool:
         """Whether SQS will not deliver the message again: an error is the answer now, or there is none."""

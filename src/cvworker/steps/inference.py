@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,7 @@ class Inference:
         self._taking = False
         self._batch_since: float | None = None
         self._restarts = 0
-        self._stopping = False
+        self._stopping = self._over = False
         self.restarts = 0
         self.failure: WorkerFailed | None = None
         self.ready: dict[str, Any] = {}
@@ -107,9 +108,17 @@ class Inference:
         link = self._link
         if link is not None:
             link.stop(timeout)
+        with self._room:
+            self._over = True
+            self._room.notify_all()
+        self.join(1)
+
+    def join(self, timeout: float) -> None:
+        """Wait for the threads, one of which may be waiting for room for a result."""
+        until = time.monotonic() + timeout
         for thread in self.threads:
             if thread.is_alive():
-                thread.join(1)
+                thread.join(max(0.0, until - time.monotonic()))
 
     def kill(self) -> None:
         """End the process at once."""
@@ -123,8 +132,10 @@ class Inference:
         try:
             while True:
                 with self._room:
-                    while len(self._jobs) >= window:
+                    while len(self._jobs) >= window and not self._over:
                         self._room.wait()
+                    if self._over:
+                        return
                     room = window - len(self._jobs)
                 self._submit(self._inbox.get(room))
         except QueueClosed:

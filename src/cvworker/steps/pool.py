@@ -41,6 +41,7 @@ class JobPool:
         self._surprised = surprised
         self._in_hand: dict[asyncio.Task[None], float] = {}
         self._freed = asyncio.Event()
+        self._given_up = False
         self.jobs: set[Job] = set()
         """Those in hand, for whoever must release them when the time to stop runs out."""
 
@@ -62,6 +63,8 @@ class JobPool:
                             await self._freed.wait()
                     except TimeoutError:
                         pass  # the limit may have grown meanwhile
+                if self._given_up:
+                    break
                 job = await self._inbox.aget()
                 self.jobs.add(job)
                 task = asyncio.create_task(self._one(job))
@@ -73,7 +76,8 @@ class JobPool:
             await asyncio.wait(list(self._in_hand))
 
     def cancel(self) -> None:
-        """Give up the jobs in hand, each of which has been given another end."""
+        """Give up the jobs in hand, each of which has been given another end, and take no more."""
+        self._given_up = True
         for task in list(self._in_hand):
             task.cancel()
 
