@@ -43,7 +43,7 @@ class Plan:
     callback_takes: float = 0.0
     flags: Mapping[str, str] = field(default_factory=lambda: {**QUICK, **FAILING})
     """Settings of the workers."""
-    within: float = 120.0
+    within: float = 300.0
     """Seconds for the queue to become empty, once everything is sent."""
     rules: Rules = field(default_factory=Rules)
 
@@ -62,7 +62,7 @@ MIXED = {
 
 PLANS = {
     "kills": Plan("kill -9 at random moments, a new worker each time", messages=2000, kills=10, within=400),
-    "faults": Plan("a fifth of everything fails", messages=1000, rate=0.2, natures=MIXED, within=180),
+    "faults": Plan("a fifth of everything fails", messages=1000, rate=0.2, natures=MIXED),
     "slow": Plan(
         "callbacks that take longer than twice the visibility timeout",
         messages=100,
@@ -77,7 +77,7 @@ PLANS = {
         workers=2,
         stops=1,
         visibility=600,
-        within=60,
+        within=240,
         rules=Rules(most_receives=2),
     ),
     "outage": Plan(
