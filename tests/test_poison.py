@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from world import MODULES, World, colour_of
+from world import MODULES, World, colour_of, poll
 
 POISONOUS = f"{MODULES / 'mean.py'}:Poisonous"
 BAD_PREPROCESS = f"{MODULES / 'mean.py'}:BadPreprocess"
@@ -77,7 +77,7 @@ def test_a_picture_that_raises_ends_or_hangs_preprocess_fails_and_all_others_are
 def test_a_module_that_returns_too_few_results_is_told_so_by_the_answers_and_the_log(fast_world: World) -> None:
     here = fast_world
     worker = here.worker("--batch-size", "4", module=f"{MODULES / 'mean.py'}:TooFew").ready()
-    assert worker.lines("warm-up failed; the module may dislike its example")
+    assert poll(lambda: worker.lines("warm-up failed; the module may dislike its example"), 10)
     here.send(*(here.request(n) for n in range(4)))
     for answer in _answers(here, 4, 30).values():
         assert answer["error"] == {
