@@ -12,8 +12,10 @@ from world import WorkerProcess, World, poll
 IDLE_S = 60
 IDLE_SHARE = 0.03
 LONG_POLL_S = 10
-KEPT_CONNECTIONS = 64
-"""Descriptors that come and go with connections kept alive; a leak would be a share of ten thousand."""
+DOWNLOADS_AT_ONCE = 32
+CALLBACKS_AT_ONCE = 64
+MOST_CONNECTIONS = DOWNLOADS_AT_ONCE + CALLBACKS_AT_ONCE + 10
+"""Connections kept alive to the image host and the receiver, and those of the SQS client."""
 
 
 def _tree(worker: WorkerProcess) -> list[psutil.Process]:
@@ -47,7 +49,7 @@ def test_an_idle_worker_takes_under_3_percent_of_a_core_and_one_long_poll_at_a_t
 def test_memory_threads_and_descriptors_do_not_grow_with_the_number_of_messages(fast_world: World) -> None:
     # given a worker warmed up with a thousand messages
     here = fast_world
-    worker = here.worker("--preprocess-workers", "2").ready()
+    worker = here.worker("--preprocess-workers", "2", "--download-concurrency", str(DOWNLOADS_AT_ONCE)).ready()
     bodies = [here.request(n) for n in range(1000)]
 
     def run(times: int) -> None:
@@ -62,14 +64,18 @@ def test_memory_threads_and_descriptors_do_not_grow_with_the_number_of_messages(
     # when ten thousand more have gone through
     for _ in range(10):
         run(1)
-    # then it takes no more memory, threads or descriptors than before
+    # then it takes no more memory, threads or descriptors than before, and keeps no more connections than it may
     poll(lambda: here.counts() == (0, 0), 30, "all settled")
     after = (_private_bytes(worker), *_counts(worker))
     assert after[0] < before[0] * 1.05 + 8 * 2**20, (before, after)
     assert after[1] <= before[1] + 2, (before, after)
-    assert after[2] <= before[2] + KEPT_CONNECTIONS, (before, after)
+    assert after[2] <= before[2] + 8, (before, after)
+    assert after[3] <= MOST_CONNECTIONS, (before, after)
 
 
-def _counts(worker: WorkerProcess) -> tuple[int, int]:
+def _counts(worker: WorkerProcess) -> tuple[int, int, int]:
+    """Threads, descriptors that are not connections, and connections, of all processes together."""
     tree = _tree(worker)
-    return sum(each.num_threads() for each in tree), sum(each.num_fds() for each in tree)
+    connections = sum(len([c for c in each.net_connections("inet") if c.raddr]) for each in tree)
+    descriptors = sum(each.num_fds() for each in tree)
+    return sum(each.num_threads() for each in tree), descriptors - connections, connections
