@@ -1,6 +1,6 @@
 # Plain make from 3.81 on, with sh. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak lint format docs constraints clean distclean
+.PHONY: help setup demo test soak compare lint format docs constraints clean distclean
 
 # Every tool runs as a module of .venv's Python: scripts on PATH may belong to another environment.
 python := .venv/bin/python
@@ -14,14 +14,17 @@ setup: ## make or update .venv with everything in it (PYTHON=python3.12 picks th
 demo: setup ## run the whole worker on this machine, queue and callbacks included (ARGS='--help')
 	@.venv/bin/cvworker demo $(ARGS)
 
-test: lint ## lint, check types and run all tests (ARGS='-k name')
-	$(python) -m pytest $(ARGS)
+test: lint ## lint, check types and run all tests, two at a time (ARGS='-k name -n 0')
+	$(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: setup ## half an hour of mixed faults against whole workers (ARGS='--seconds 300 --seed 7')
 	$(python) -m load.faults mixed --seconds 1800 $(ARGS)
 
 fuzz: setup ## search for messages, URLs and pictures that break something; takes minutes (ARGS='-k urls')
 	HYPOTHESIS_PROFILE=fuzz $(python) -m pytest -o timeout=7200 tests/fuzz $(ARGS)
+
+compare: setup ## this worker and others at the same work, in turn; takes an hour (ARGS='--load cpu --rounds 1')
+	$(python) -m load.compare $(ARGS)
 
 lint: setup ## ruff and mypy, without the tests
 	$(python) -m ruff check .

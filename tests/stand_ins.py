@@ -118,7 +118,7 @@ class Model:
         self._dead = False
         stage.model = self
 
-    def wait_ready(self) -> dict[str, Any]:
+    def wait_ready(self, _timeout: float) -> dict[str, Any]:
         return {"name": "threat", "weights": None}
 
     def frames(self) -> Iterator[dict[str, Any]]:

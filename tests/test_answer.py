@@ -15,7 +15,7 @@ from cvworker.answer import WorkerInfo, answer_body
 from cvworker.errors import DownloadTimeout, ImageNotFound, ProcessFailed, UnsupportedTask
 from cvworker.messages import MAX_METADATA_DEPTH, Request
 
-WORKER = WorkerInfo("0.1.0", "threat", "sha256:abc")
+WORKER = WorkerInfo("0.1.0", "threat", "sha256:abc", "bf16")
 TIMINGS = {"queue": 41.04, "download": 83.26, "preprocess": 6.1, "process": 11.91, "total": 160.349}
 
 
@@ -55,7 +55,7 @@ def test_an_answer_has_exactly_the_fields_of_the_contract():
         "metadata": {},
         "attempt": 1,
         "timings_ms": {"queue": 41.0, "download": 83.3, "preprocess": 6.1, "process": 11.9, "total": 160.3},
-        "worker": {"version": "0.1.0", "module": "threat", "weights": "sha256:abc"},
+        "worker": {"version": "0.1.0", "module": "threat", "weights": "sha256:abc", "precision": "bf16"},
     }
 
 

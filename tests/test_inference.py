@@ -6,6 +6,7 @@ import asyncio
 import io
 import queue
 import random
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -89,7 +90,8 @@ class ScriptedLink:
         self._frames: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self.made.append(self)
 
-    def wait_ready(self) -> dict[str, Any]:
+    def wait_ready(self, timeout: float) -> dict[str, Any]:
+        self.patience = timeout
         if self.pid >= self.fail_from:
             raise StartupError("module: it cannot be loaded any more")
         return {"name": "mean"}
@@ -260,6 +262,12 @@ def test_a_process_that_cannot_be_brought_back_is_a_failure(line: Line) -> None:
     assert link(1).killed
 
 
+def test_a_replacement_may_load_for_about_as_long_as_the_first_did_and_not_for_ever(line: Line) -> None:
+    (job,) = line.put(a_job())
+    given(0, job).end()
+    assert given(1, job).patience == a_config().stall_timeout < link(0).patience
+
+
 def test_a_process_stuck_on_a_batch_is_ended_and_the_batch_blamed(line: Line, clock: StepClock) -> None:
     job, other = line.put(a_job(), a_job())
     given(0, job, other).says(started=[job.number])
@@ -352,6 +360,9 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_SECRET_ACCESS_KEY", "ECS_AGENT_URI", "CVWORKER_CALLBACK_SECRET", "CVWORKER_BATCH_SIZE"):
             patch.setenv(name, "x")
+        long = tmp_path_factory.mktemp("a-name-too-long-for-the-path-of-a-socket-in-it" * 2)
+        patch.setenv("TMPDIR", str(long))
+        patch.setattr(tempfile, "tempdir", None)
         line = Line(a_config(f"{path}:Odd", batch_size=4, stall_timeout=3), Clock())
         line.step.start()
     yield line
@@ -400,6 +411,11 @@ def test_the_model_process_has_no_credentials(real: Line) -> None:
     (result,) = real.wait(*send(real, 102))
     assert "CVWORKER_BATCH_SIZE" in result["names"]
     assert not [name for name in result["names"] if name.startswith(("AWS_", "ECS_", "CVWORKER_CALLBACK_SECRET"))]
+
+
+def test_a_temporary_directory_with_a_long_path_is_no_hindrance(real: Line) -> None:
+    (result,) = real.wait(*send(real, 102))
+    assert "TMPDIR" in result["names"], "which was too long, see the fixture"
 
 
 def test_a_picture_that_ends_its_preprocess_process_fails_and_the_others_begin_again(real: Line) -> None:

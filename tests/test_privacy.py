@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,10 +89,9 @@ def test_nothing_of_a_picture_or_a_result_is_written_or_shown_whatever_goes_wron
     fast_world: World, tmp_path: Path, log_format: str
 ) -> None:
     here = fast_world
-    home, temporary = tmp_path / "home", tmp_path / "tmp"
-    for folder in (home, temporary):
-        folder.mkdir()
-    watched = Watched(tmp_path, Path("/dev/shm"))
+    home, temporary = tmp_path / "home", Path(tempfile.mkdtemp())  # a long path would not be used as it is
+    home.mkdir()
+    watched = Watched(tmp_path, temporary, Path("/dev/shm"))
     # The console form needs the port from elsewhere, as its lines are not JSON.
     worker = here.worker(
         *("--log-level", "debug", "--log-format", log_format, "--batch-size", "2"),

@@ -161,6 +161,25 @@ def test_a_reserve_takes_what_comes_free_while_it_waits(pool) -> None:
     assert reserve.result() in (1, 2)
 
 
+def test_a_reserve_waits_for_as_many_places_as_it_can_use_while_the_queue_is_well_filled(pool) -> None:
+    queue, _ = filled(40)
+    reserve = Waiting(pool, lambda: queue.reserve(10, timeout=10))
+    queue.get(9)
+    assert reserve.waits()
+    queue.get(1)
+    assert reserve.result() == 10
+
+
+def test_a_reserve_takes_the_only_place_where_the_queue_runs_low(pool) -> None:
+    queue, _ = filled(40)
+    queue.limit = 8
+    reserve = Waiting(pool, lambda: queue.reserve(10, timeout=10))
+    queue.get(32)
+    assert reserve.waits()
+    queue.get(4)
+    assert reserve.result() == 4
+
+
 def test_a_message_with_more_jobs_than_places_is_taken_whole() -> None:
     queue, jobs = a_queue(2), [a_job(f"m1-{n}") for n in range(5)]
     queue.fill(jobs, queue.reserve(1, timeout=0))

@@ -14,7 +14,7 @@ import torch
 from cvworker import Module
 from cvworker.errors import ProcessFailed
 from cvworker.model.batcher import Sample
-from cvworker.model.runner import Done, Runner
+from cvworker.model.runner import MAX_PATIENCE, PATIENCE, Done, Runner
 
 CPU = torch.device("cpu")
 
@@ -109,7 +109,7 @@ def test_samples_that_do_not_collate_are_tried_one_by_one() -> None:
     assert [each.result for each in run(module, batch)] == ['{"size": [2]}', '{"size": [3]}']
 
 
-def test_out_of_memory_halves_the_batch_for_good_and_loses_nothing() -> None:
+def test_out_of_memory_halves_the_batch_and_loses_nothing() -> None:
     def process(batch: torch.Tensor) -> list[dict[str, float]]:
         if len(batch) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -120,6 +120,73 @@ def test_out_of_memory_halves_the_batch_for_good_and_loses_nothing() -> None:
     done = runner.run(runner.stage(samples(*range(12))))
     assert [json.loads(each.result or "")["value"] for each in done] == list(range(12))
     assert runner.batch_size == 3
+
+
+class Device:
+    """A device whose memory holds so many samples, and a runner on it with batches of eight."""
+
+    def __init__(self, holds: int) -> None:
+        self.holds = holds
+        self.module = Told(self._process)
+        self.runner = Runner(self.module, CPU, "fp32", 8)
+
+    def _process(self, batch: torch.Tensor) -> list[dict[str, float]]:
+        if len(batch) > self.holds:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [{}] * len(batch)
+
+    def run(self, batches: int, size: int | None = None) -> int:
+        """Run full batches, or batches of ``size``; the batch size after them."""
+        for _ in range(batches):
+            done = self.runner.run(self.runner.stage(samples(*range(size or self.runner.batch_size))))
+            assert set(codes(done)) == {"ok"}
+        return self.runner.batch_size
+
+    def until_tried_again(self) -> int:
+        """Full batches until a larger one is tried."""
+        size = self.runner.batch_size
+        return next(count for count in range(1, 100_000) if self.run(1) > size)
+
+
+def test_the_batch_size_recovers_step_by_step_once_the_memory_is_enough_again() -> None:
+    device = Device(holds=2)
+    assert device.run(1) == 2
+    device.holds = 8
+    assert device.run(PATIENCE - 5) == 2, "with the four parts of the first batch that is one less"
+    assert device.run(1) == 4
+    assert device.run(PATIENCE) == 8
+    assert device.run(3 * PATIENCE) == 8, "and never more than was asked for"
+
+
+def test_batches_that_are_not_full_do_not_show_that_more_would_fit() -> None:
+    device = Device(holds=4)
+    device.run(1)
+    assert device.run(3 * PATIENCE, size=3) == 4
+
+
+def test_each_vain_try_makes_the_next_one_later_up_to_a_limit() -> None:
+    device = Device(holds=4)
+    device.run(1)
+    waits = []
+    for _ in range(9):
+        waits.append(device.until_tried_again())
+        assert device.run(1) == 4
+    assert waits[1:4] == pytest.approx([2 * PATIENCE, 4 * PATIENCE, 8 * PATIENCE], abs=2)
+    assert waits[-1] == waits[-2] == pytest.approx(MAX_PATIENCE, abs=2)
+
+
+def test_patience_is_short_again_after_the_first_size_has_gone_well_for_long() -> None:
+    device = Device(holds=4)
+    device.run(1)
+    for _ in range(3):
+        device.until_tried_again()
+        device.run(1)
+    device.holds = 8
+    device.until_tried_again()
+    device.run(MAX_PATIENCE)
+    device.holds = 4
+    device.run(1)
+    assert device.until_tried_again() <= PATIENCE
 
 
 def test_a_sample_too_large_for_the_memory_fails_alone() -> None:

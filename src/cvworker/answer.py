@@ -20,16 +20,22 @@ _ENCODER: Final = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """Who answered: this package's version, the module's name, and its weights' ``sha256:…`` where it has any."""
+    """Who answered: this package's version, the module's name, its weights' ``sha256:…`` and the precision it ran in.
+
+    Weights and precision are left out of the answer where they are not known.
+    """
 
     version: str
     module: str
     weights: str | None
+    precision: str | None = None
 
     def as_json(self) -> dict[str, str]:
         info = {"version": self.version, "module": self.module}
         if self.weights is not None:
             info["weights"] = self.weights
+        if self.precision is not None:
+            info["precision"] = self.precision
         return info
 
 

@@ -10,6 +10,7 @@ One :class:`AddressGuard` decides for all threads; each event loop has a :class:
 from __future__ import annotations
 
 import asyncio
+import functools
 import ipaddress
 import re
 import socket
@@ -148,6 +149,7 @@ def _split_authority(rest: str) -> tuple[str, str]:
     return authority, target if target.startswith("/") else f"/{target}"
 
 
+@functools.lru_cache(maxsize=HOSTS_REMEMBERED)  # what is not valid raises, and is not kept
 def _host_and_port(authority: str) -> tuple[str, int | None]:
     parts = _AUTHORITY.fullmatch(authority)
     if parts is None:

@@ -15,6 +15,10 @@ from cvworker.job import Job
 
 _RECHECK_S = 1.0
 """A waiting thread looks again this often, so that a wake-up that went astray delays, never hangs."""
+LOW = 4
+"""A queue filled to less than this fraction of its limit takes what it can get."""
+RESERVED_AT_ONCE = 10
+"""Places worth waking somebody up for: what one receive call can bring."""
 
 
 class QueueClosed(Exception):
@@ -38,6 +42,7 @@ class JobQueue:
         self._lock = threading.Lock()
         self._getters: deque[Future[None]] = deque()
         self._putters: deque[Future[None]] = deque()
+        self._reservers: deque[Future[None]] = deque()
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -51,7 +56,7 @@ class JobQueue:
         with self._lock:
             grown, self._limit = value > self._limit, value
             if grown:
-                self._wake(self._putters, len(self._putters))
+                self._room_came_free(len(self._putters))
 
     def close(self) -> None:
         """Let getters take what is left and then raise :class:`QueueClosed`; nobody waits for room any more."""
@@ -59,29 +64,31 @@ class JobQueue:
             self._closed = True
             self._wake(self._getters, len(self._getters))
             self._wake(self._putters, len(self._putters))
+            self._wake(self._reservers, len(self._reservers))
 
     def drain(self) -> list[Job]:
         """Take out everything that waits."""
         with self._lock:
             jobs = list(self._jobs)
             self._jobs.clear()
-            self._wake(self._putters, len(self._putters))
+            self._room_came_free(len(self._putters))
             return jobs
 
     def reserve(self, at_most: int, *, timeout: float) -> int:
-        """Keep up to ``at_most`` places for :meth:`fill`; 0 when none came free within ``timeout`` seconds."""
-        with self._lock:
-            free = self._limit - len(self._jobs) - self._reserved
-            if free > 0:
-                taken = min(free, at_most)
-                self._reserved += taken
-                return taken
-            waiter = self._wait(self._putters)
-        self._wait_thread(waiter, timeout)
-        with self._lock:
-            taken = max(0, min(self._limit - len(self._jobs) - self._reserved, at_most))
-            self._reserved += taken
-            return taken
+        """Keep up to ``at_most`` places for :meth:`fill`, as many as can be had at once and not one by one.
+
+        Fewer when the queue runs low, or after ``timeout`` seconds; 0 when none is free even then.
+        """
+        until = time.monotonic() + timeout
+        while True:
+            with self._lock:
+                left = until - time.monotonic()
+                if left <= 0 or self._reservable(at_most):
+                    taken = max(0, min(self._free(), at_most))
+                    self._reserved += taken
+                    return taken
+                waiter = self._wait(self._reservers)
+            self._wait_thread(waiter, left)
 
     def fill(self, jobs: list[Job], reserved: int) -> None:
         """Put jobs into ``reserved`` places and give back those not used (a message may hold several jobs)."""
@@ -90,7 +97,7 @@ class JobQueue:
             self._append(jobs)
             unused = reserved - len(jobs)
             if unused > 0:
-                self._wake(self._putters, unused)
+                self._room_came_free(unused)
 
     def put(self, job: Job) -> None:
         """Add a job, waiting for room."""
@@ -125,7 +132,7 @@ class JobQueue:
 
     def _try_put(self, job: Job) -> Future[None] | None:
         with self._lock:
-            if len(self._jobs) + self._reserved < self._limit or self._closed:
+            if self._free() > 0 or self._closed:
                 self._append([job])
                 return None
             return self._wait(self._putters)
@@ -135,11 +142,26 @@ class JobQueue:
             if self._jobs:
                 count = min(at_most, len(self._jobs))
                 taken = [self._jobs.popleft() for _ in range(count)]
-                self._wake(self._putters, count)
+                self._room_came_free(count)
                 return taken
             if self._closed:
                 raise QueueClosed(self.name)
             return self._wait(self._getters)
+
+    def _free(self) -> int:
+        return self._limit - len(self._jobs) - self._reserved
+
+    def _reservable(self, at_most: int) -> bool:
+        """Whether it is time for another call that fills places: each costs the same for one message as for ten."""
+        if self._closed:
+            return True
+        free, coming = self._free(), len(self._jobs) + self._reserved
+        return free >= min(at_most, max(1, self._limit // 2)) or (free > 0 and coming <= self._limit // LOW)
+
+    def _room_came_free(self, places: int) -> None:
+        self._wake(self._putters, places)
+        if self._reservers and self._reservable(RESERVED_AT_ONCE):
+            self._wake(self._reservers, 1)
 
     def _append(self, jobs: list[Job]) -> None:
         now = self._clock()
@@ -178,9 +200,10 @@ class JobQueue:
     def _give_up(self, waiter: Future[None]) -> None:
         """Wait no more: an idle worker must not pile up waiters, and a wake-up just given is for somebody else."""
         with self._lock:
-            for waiters in (self._getters, self._putters):
+            for waiters in (self._getters, self._putters, self._reservers):
                 if waiter in waiters:
                     waiters.remove(waiter)
                     return
             self._wake(self._getters, min(1, len(self._jobs)))
             self._wake(self._putters, 1)
+            self._wake(self._reservers, 1)

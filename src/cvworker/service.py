@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import structlog
@@ -51,24 +52,37 @@ class Service:
             loop.add_signal_handler(number, self._signalled, signal.Signals(number).name)
         worker = self.worker = await asyncio.to_thread(Worker, self.settings, self.metrics, self.clock)
         self._watch(worker)
+        async with self._surrounded(worker):
+            try:
+                if await self._unless_stopped(worker, asyncio.to_thread(worker.warm_up)):
+                    connections = self.settings.callback_concurrency
+                    async with GuardedSession(worker.guard, limit=connections, user_agent=USER_AGENT) as session:
+                        await self._serve(worker, session)
+            finally:
+                worker.inference.kill()
+        if worker.failure is not None:
+            log.critical("failed", error=str(worker.failure))
+        return 1 if worker.failure else 0
+
+    @asynccontextmanager
+    async def _surrounded(self, worker: Worker) -> AsyncIterator[None]:
+        """Open the endpoints, and listen to what the machine says."""
         endpoints = Endpoints(
-            problems=self.health.problems, missing=self.health.missing, status=self.status, metrics=self._metrics_text
+            problems=self.health.problems, missing=self.health.missing, status=self.status, metrics=self.metrics_text
         )
         host = self.settings.http_host
         await endpoints.start(host, self.settings.http_port)
         self.port = endpoints.port
         log.info("starting", version=__version__, module=self.settings.module, url=f"http://{host}:{self.port}/")
+        surroundings = Surroundings(
+            lambda: len(worker.leases), self._interrupted, self.clock, max_lease=self.settings.max_lease
+        )
+        around = asyncio.create_task(surroundings.run())
         try:
-            if await self._unless_stopped(worker, asyncio.to_thread(worker.warm_up)):
-                connections = self.settings.callback_concurrency
-                async with GuardedSession(worker.guard, limit=connections, user_agent=USER_AGENT) as session:
-                    await self._serve(worker, session)
+            yield
         finally:
-            worker.inference.kill()
+            around.cancel()
             await endpoints.stop()
-        if worker.failure is not None:
-            log.critical("failed", error=str(worker.failure))
-        return 1 if worker.failure else 0
 
     async def _serve(self, worker: Worker, session: GuardedSession) -> None:
         answering = await worker.start(session)
@@ -83,14 +97,9 @@ class Service:
             queue=worker.queue.url,
             after_s=round(self.clock.monotonic() - self._born, 1),
         )
-        surroundings = Surroundings(
-            lambda: len(worker.leases), self._interrupted, self.clock, max_lease=self.settings.max_lease
-        )
-        around = asyncio.create_task(surroundings.run())
         await self._until_over(worker)
         self.state, self.health.stopping = "stopping", True
         await worker.stop(answering)
-        around.cancel()
         self.state = "stopped"
 
     async def _until_over(self, worker: Worker) -> None:
@@ -164,7 +173,7 @@ class Service:
             "callback": self.settings.callback_concurrency,
         }
 
-    def _metrics_text(self) -> bytes:
+    def metrics_text(self) -> bytes:
         worker, metrics = self.worker, self.metrics
         if worker is not None:
             metrics.inflight.set(len(worker.leases))

@@ -133,6 +133,12 @@ class Settings(CommandLine):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
         "Module", "auto", "Number format of process; auto keeps fp32 unless another is faster at unchanged answers"
     )
+    optimize: Literal["off", "auto", "full"] = setting(
+        "Module",
+        "auto",
+        "Forms of the module's self.model, each used only if measured faster at start with unchanged answers; "
+        "auto: channels-last; full: also torch.compile and CUDA graphs, which makes the start minutes longer",
+    )
     batch_size: int = setting("Module", 8, "Samples in a batch at most", "images", ge=1)
     max_wait_ms: float = setting("Module", 20, "A batch leaves when its first sample has waited this long", "ms", ge=0)
     preprocess_workers: AutoCount = setting(

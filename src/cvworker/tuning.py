@@ -13,6 +13,7 @@ NUM_QUEUES = 3
 HOLD_S = 3.0
 """Seconds of work held with ``auto``: enough to ride out a slow call, little enough to leave to other workers."""
 LEAST_DOWNLOADS, MOST_DOWNLOADS = 16, 256
+MOST_WORKERS = 8
 SMOOTHING = 0.3
 
 
@@ -31,6 +32,15 @@ class Pace:
             self.rate += SMOOTHING * (now - self.rate)
         else:
             self.rate = max(self.rate, now)
+
+
+def preprocess_workers(cores: int, pipelines: int = 1) -> int:
+    """DataLoader processes for each pipeline with ``auto``: one for each core.
+
+    The I/O and model processes take the rest of the cores' time, not cores of their own. Measured on two cores, two
+    answer a fifth more than one.
+    """
+    return max(1, min(cores // pipelines, MOST_WORKERS))
 
 
 def queue_limit(rate: float, *, visibility: float, batch_size: int, downloads: int) -> int:

@@ -34,7 +34,7 @@ from cvworker.steps.download import DownloadThreads, Fetcher
 from cvworker.steps.hosts import Hosts
 from cvworker.steps.inference import Inference
 from cvworker.steps.pool import JobPool
-from cvworker.tuning import Tuner
+from cvworker.tuning import Tuner, preprocess_workers
 
 if TYPE_CHECKING:
     from threading import Thread
@@ -148,7 +148,7 @@ class Worker:
         ready = self.inference.start()
         if ready.get("warning"):
             log.warning("warm-up failed; the module may dislike its example", reason=ready["warning"])
-        self.flow.info = WorkerInfo(__version__, ready["name"], ready["weights"])
+        self.flow.info = WorkerInfo(__version__, ready["name"], ready["weights"], ready.get("precision"))
 
     async def start(self, session: GuardedSession) -> asyncio.Task[None]:
         """Start the steps, the last of the flow first; the task returned is the callbacks'."""
@@ -301,23 +301,22 @@ def model_config(s: Settings, local_weights: str | None, arena_size: int, *, wit
         precision=s.precision,
         batch_size=s.batch_size,
         max_wait_ms=s.max_wait_ms,
-        preprocess_workers=max(1, min((os.cpu_count() or 1) - 1, 8)) if workers == "auto" else workers,
+        preprocess_workers=preprocess_workers(os.cpu_count() or 1) if workers == "auto" else workers,
         max_image_pixels=s.max_image_pixels,
         stall_timeout=s.stall_timeout,
         arena_size=arena_size,
         log_format=s.log_format,
         log_level=s.log_level,
+        optimize=s.optimize,
         with_example=with_example,
     )
 
 
 def require(s: Settings, *names: str) -> None:
-    """Raises StartupError for a setting that is missing, or says what this version cannot do."""
+    """Raises StartupError for a setting that is missing, or a module that cannot be."""
     for name in names:
         if getattr(s, name) is None:
             raise StartupError(f"{name} is not set: give {how_to_set(name)}")
-    if s.processes > 1:
-        raise StartupError("processes: more than 1 is not available in this version; run more containers instead")
     check_spec(s.module or "")
 
 

@@ -21,12 +21,18 @@ class Run(Settings):
         import structlog
 
         from cvworker.observe.logs import configure
-        from cvworker.service import Service
 
         configure(self.log_format, self.log_level)
         for line in unknown_variables(set(type(self).model_fields)):
             structlog.get_logger(__name__).warning(line)
-        code = asyncio.run(Service(self).run())
+        if self.processes > 1:
+            from cvworker.supervisor import Supervisor
+
+            code = asyncio.run(Supervisor(self).run())
+        else:
+            from cvworker.service import Service
+
+            code = asyncio.run(Service(self).run())
         sys.stdout.flush()
         sys.stderr.flush()
         # Everything is settled; a thread that still waits for a slow S3 must not hold up the end.

@@ -22,6 +22,7 @@ class ModelConfig:
     arena_size: int
     log_format: str
     log_level: str
+    optimize: str = "off"
     with_example: bool = False
     """Whether ``ready`` brings the module's example image, for ``cvworker check``."""
 
@@ -35,6 +36,11 @@ class ModelConfig:
         """Images the model process holds at most: one batch computing, one on its way to the device, one forming,
         and a chunk in the making on each DataLoader process with one more to take up."""
         return 3 * self.batch_size + 2 * self.chunk * max(1, self.preprocess_workers)
+
+    @property
+    def plenty(self) -> int:
+        """Images with which the process has work for some time: a batch, and four for each DataLoader process."""
+        return self.batch_size + 4 * max(1, self.preprocess_workers)
 
     def dump(self) -> bytes:
         return json.dumps(asdict(self)).encode()

@@ -19,16 +19,17 @@ from torch.utils.data import DataLoader
 
 from cvworker.errors import JobError, PreprocessFailed, job_error
 from cvworker.model.batcher import Sample
+from cvworker.model.chunk import Chunk
 from cvworker.model.config import ModelConfig
 from cvworker.model.preprocess import (
     DESCRIPTOR,
     SLOT_NUMBER,
     SLOT_PID,
     SLOT_SINCE,
-    Chunk,
     Images,
     start_worker,
 )
+from cvworker.model.slabs import Slabs
 from cvworker.module import Module
 
 LOOK_S = 0.5
@@ -65,6 +66,7 @@ class Feeder:
         self._pending: dict[int, tuple[bytes, bool]] = {}
         self._unsent: deque[bytes] = deque()
         self._outlet: socket.socket | None = None
+        self._slabs: Slabs | None = None
         self._lock = threading.Lock()
         self._stopped = False
         self._broken = threading.Event()
@@ -111,7 +113,9 @@ class Feeder:
         outlet, inlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         outlet.setblocking(False)
         count = self._config.preprocess_workers
-        dataset = Images(self._config, inlet.fileno(), self._arena_fd, self._slots, None if count else self._module)
+        self._slabs = Slabs(count) if count else None
+        module = None if count else self._module
+        dataset = Images(self._config, inlet.fileno(), self._arena_fd, self._slots, self._slabs, module)
         loader: DataLoader[Chunk] = DataLoader(
             dataset,
             batch_size=None,
@@ -160,7 +164,8 @@ class Feeder:
             if self._forget(number) is not None:
                 self._failed(number, job_error(name, text))
         samples = []
-        for number, milliseconds, value in zip(chunk.numbers, chunk.milliseconds, chunk.unstack(), strict=True):
+        values = chunk.unpack(self._slabs, pin=self._pin)
+        for number, milliseconds, value in zip(chunk.numbers, chunk.milliseconds, values, strict=True):
             alone = self._forget(number)
             if alone is not None:
                 samples.append(Sample(number, value, milliseconds, alone))

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from cvworker.model.config import ModelConfig
 
 HIDDEN_PREFIXES = ("AWS_", "CVWORKER_CALLBACK_SECRET", "CVWORKER_EGRESS_PROXY", "CVWORKER_SECRETS_DIR", "ECS_")
 """Variables the model process does not get: it decodes untrusted bytes and needs no credentials."""
+LONGEST_TMPDIR = 70
+"""multiprocessing keeps sockets in there, whose paths can have 107 characters at most."""
 DUMP_S = 0.3
 READY_TIMEOUT_S = 900.0
 """For importing the module, ``setup`` with the largest of models, and warm-up."""
@@ -47,17 +50,15 @@ class ModelLink:
         self._connection.send_bytes(config.dump())
         self.pid = self._process.pid
 
-    def wait_ready(self) -> dict[str, Any]:
+    def wait_ready(self, timeout: float = READY_TIMEOUT_S) -> dict[str, Any]:
         """Wait until the model is loaded and warm; what it says of itself.
 
         Raises:
-            StartupError: it says that it cannot run, it ended, or it takes longer than :data:`READY_TIMEOUT_S`.
+            StartupError: it says that it cannot run, it ended, or it takes longer than ``timeout`` seconds.
         """
-        if not self._connection.poll(READY_TIMEOUT_S):
+        if not self._connection.poll(timeout):
             self.kill(dump=True)
-            raise StartupError(
-                f"module: it was not ready after {READY_TIMEOUT_S:.0f} s; its stacks are in the log above"
-            )
+            raise StartupError(f"module: it was not ready after {timeout:.0f} s; its stacks are in the log above")
         for frame in self.frames():
             if "ready" in frame:
                 ready: dict[str, Any] = frame["ready"]
@@ -114,5 +115,7 @@ def _environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(HIDDEN_PREFIXES)}
     # What is killed cannot clean up; the tracker does so for it, and need not say so on the user's terminal.
     quiet = "ignore::UserWarning:multiprocessing.resource_tracker"
+    if len(tempfile.gettempdir()) > LONGEST_TMPDIR:
+        kept["TMPDIR"] = "/tmp"  # noqa: S108 - multiprocessing makes a directory of its own there
     kept["PYTHONWARNINGS"] = ",".join(filter(None, [kept.get("PYTHONWARNINGS"), quiet]))
     return kept

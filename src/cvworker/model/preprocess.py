@@ -15,19 +15,20 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from multiprocessing import context, reduction
 from typing import Any, cast
 
 import structlog
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils.data import IterableDataset, default_collate, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from cvworker import images
 from cvworker.errors import JobError, PreprocessFailed, crosses
 from cvworker.loading import load, make
+from cvworker.model.chunk import Chunk
 from cvworker.model.config import ModelConfig
+from cvworker.model.slabs import Slabs
 from cvworker.module import Module
 from cvworker.observe.logs import configure
 
@@ -43,57 +44,6 @@ MEMORY_BESIDE_IMAGE = 1024**3
 log = structlog.get_logger(__name__)
 
 
-@dataclass(slots=True)
-class Chunk:
-    """Several samples that cross the process border together.
-
-    Samples of one shape travel stacked, leaf by leaf: one shared tensor instead of one for each image. Measured on
-    two cores, one at a time costs over a millisecond of CPU an image, eight at a time a quarter of one.
-    """
-
-    numbers: list[int] = field(default_factory=list)
-    milliseconds: list[float] = field(default_factory=list)
-    samples: list[Any] = field(default_factory=list)
-    stacked: list[torch.Tensor] | None = None
-    tree: Any = None
-    failures: list[tuple[int, str, str]] = field(default_factory=list)
-
-    def stack(self) -> Chunk:
-        """Join the samples, where every leaf is a tensor of one shape and type."""
-        if len(self.samples) < 2:
-            return self
-        flat = [pytree.tree_flatten(sample) for sample in self.samples]
-        leaves, tree = flat[0]
-        kinds = [(leaf.shape, leaf.dtype) for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if not kinds or len(kinds) < len(leaves):
-            return self
-        for others, other_tree in flat:
-            if other_tree != tree or [(x.shape, x.dtype) for x in others if isinstance(x, torch.Tensor)] != kinds:
-                return self
-        # default_collate stacks straight into shared memory when it runs in a DataLoader's worker
-        try:
-            self.stacked = [default_collate([each[0][i] for each in flat]) for i in range(len(leaves))]
-        except RuntimeError:  # sparse ones, say, travel each by itself
-            return self
-        self.tree, self.samples = tree, []
-        return self
-
-    def unstack(self) -> list[Any]:
-        if self.stacked is None:
-            return self.samples
-        return [pytree.tree_unflatten([leaf[i] for leaf in self.stacked], self.tree) for i in range(len(self.numbers))]
-
-    def pin_memory(self) -> Chunk:
-        """Called by the DataLoader's pinning thread when the device is CUDA."""
-        if self.stacked is not None:
-            self.stacked = [leaf.pin_memory() for leaf in self.stacked]
-        else:
-            self.samples = [
-                pytree.tree_map_only(torch.Tensor, lambda leaf: leaf.pin_memory(), sample) for sample in self.samples
-            ]
-        return self
-
-
 class Images(IterableDataset[Chunk]):
     """Pulls descriptors from a socket, several at a time, and yields chunks of samples.
 
@@ -103,13 +53,20 @@ class Images(IterableDataset[Chunk]):
     """
 
     def __init__(
-        self, config: ModelConfig, inlet: int, arena: int, slots: torch.Tensor, module: Module | None = None
+        self,
+        config: ModelConfig,
+        inlet: int,
+        arena: int,
+        slots: torch.Tensor,
+        slabs: Slabs | None,
+        module: Module | None = None,
     ) -> None:
         super().__init__()
         self._config = config
         self._inlet = inlet
         self._arena = arena
         self._slots = slots
+        self._slabs = slabs
         self._module = module
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,10 +76,12 @@ class Images(IterableDataset[Chunk]):
             "inlet": reduction.DupFd(self._inlet),
             "arena": reduction.DupFd(self._arena),
             "slots": self._slots,
+            "slabs": self._slabs,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["config"], state["inlet"].detach(), state["arena"].detach(), state["slots"])  # type: ignore[misc]
+        inlet, arena = state["inlet"].detach(), state["arena"].detach()
+        self.__init__(state["config"], inlet, arena, state["slots"], state["slabs"])  # type: ignore[misc]
 
     def __iter__(self) -> Iterator[Chunk]:
         info = get_worker_info()
@@ -138,7 +97,8 @@ class Images(IterableDataset[Chunk]):
             configure(config.log_format, config.log_level)  # a process of its own: nothing is inherited
             _limit_memory(config.max_image_pixels)
             while wanted := _pull(inlet, config.chunk, info.num_workers):
-                yield self._chunk([self._one(memory, each, row) for each in wanted]).stack()
+                chunk = self._chunk([self._one(memory, each, row) for each in wanted])
+                yield chunk.pack(self._slabs, info.id) if self._slabs is not None else chunk
             return
         threads = os.cpu_count() or 1  # workers == 0: the same work on threads of this process
         with ThreadPoolExecutor(threads, "preprocess", _single_thread) as pool:

@@ -59,14 +59,15 @@ class ModelProcess:
         self._batcher = Batcher(config.batch_size, config.max_wait_ms / 1000, time.monotonic)
         self._feeder = Feeder(config, self._arena_fd, module, pin=pin, deliver=self._batcher.add, failed=self._refuse)
         feeding = _thread(self._feed, "feeder")
-        precision = "fp32" if config.precision == "auto" else config.precision
+        self._device = device
         try:
             module.setup(device)
         except StartupError:
             raise
         except Exception as error:
             raise StartupError(f"module: {module.name}.setup raised {type(error).__name__}: {error}") from error
-        self._runner = Runner(module, device, precision, config.batch_size)
+        first = "fp32" if config.precision == "auto" else config.precision
+        self._runner = Runner(module, device, first, config.batch_size)
         computing = _thread(lambda: self._compute(module), "inference")
         warm = self._warm.get()
         if not self._feeder.wait_until_started(START_TIMEOUT_S):
@@ -78,7 +79,7 @@ class ModelProcess:
                     "name": module.name,
                     "device": str(device),
                     "device_name": torch.cuda.get_device_name(device) if pin else "cpu",
-                    "precision": precision,
+                    "precision": self._runner.precision,
                     "weights": sha256_of(module.weights) if module.weights else None,
                     "min_side": module.min_side,
                     **warm,
@@ -142,7 +143,9 @@ class ModelProcess:
             preprocess_ms = (time.perf_counter() - began) * 1000
             samples = [Sample(0, value, 0.0) for _ in range(self._config.batch_size)]
             hook = "process"
-            for size in dict.fromkeys((1, len(samples), 1)):
+            self._runner.trial(samples)
+            self._tune(module)
+            for size in (len(samples), 1):
                 result = self._runner.trial(samples[:size])
         except JobError as error:
             return {"warning": f"{hook}: {error}"}
@@ -155,6 +158,37 @@ class ModelProcess:
             "preprocess_ms": round(preprocess_ms, 2),
             "process_ms": round(result[0].process_ms, 2),
         }
+
+    def _tune(self, module: Module) -> None:
+        """Choose the precision and the form of the network; one line in the log says what was chosen, and why."""
+        import structlog
+
+        from cvworker.model.batcher import Sample
+        from cvworker.model.optimize import network_of
+        from cvworker.model.precision import tune, variations
+        from cvworker.model.preprocess import describe
+
+        config = self._config
+        self._feeder.wait_until_started(START_TIMEOUT_S)  # which takes the cores that are to be measured
+        log = structlog.get_logger(__name__)
+        first = self._runner.precision
+        try:
+            images = variations(module.example(), config.batch_size)
+            samples = [Sample(0, module.preprocess(image), 0.0) for image in images]
+            setup, trials = tune(
+                self._runner,
+                samples,
+                network_of(module),
+                self._device,
+                precision=config.precision,
+                optimize=config.optimize,
+            )
+        except Exception as error:
+            self._runner.precision = first
+            log.warning("not tuned: the module dislikes the warm-up images", precision=first, error=describe(error))
+            return
+        if trials:
+            log.info("tuned", chosen=str(setup), tried="; ".join(str(trial) for trial in trials))
 
 
 def describe_sample(sample: Any) -> str:

@@ -15,10 +15,13 @@ from torch.utils import _pytree as pytree
 
 from cvworker.errors import JobError, ProcessFailed, without_frames
 from cvworker.model.batcher import Sample
+from cvworker.model.precision import PRECISIONS
 from cvworker.model.preprocess import describe
 from cvworker.module import Module
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PATIENCE = 64
+"""Full batches that must go well after the device ran out of memory, before larger ones are tried again."""
+MAX_PATIENCE = 4096
 
 log = structlog.get_logger(__name__)
 
@@ -43,6 +46,46 @@ class Done:
     error: JobError | None = None
 
 
+class BatchLimit:
+    """How large a batch may be: less after the device ran out of memory, and more again after a while.
+
+    Whatever took the memory may be gone: another process, or a batch of unusually large samples. After
+    :data:`PATIENCE` full batches the limit doubles, up to what it was. Each time the device runs out again that number
+    doubles, up to :data:`MAX_PATIENCE`, so that a device which is simply too small loses little time to trying; it
+    is :data:`PATIENCE` again once batches of the first size have gone well for that long.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._wanted = size
+        self._patience = PATIENCE // 2
+        self._well = 0
+        self._fitted = True
+
+    def ran_out(self, fits: int) -> None:
+        """A batch did not fit; ``fits`` is the size to go on with, unless it is smaller already."""
+        if fits < self.size:
+            self.size = fits
+            if self._fitted:  # and not the next halving of the same batch
+                self._patience = min(2 * self._patience, MAX_PATIENCE)
+        self._well, self._fitted = 0, False
+
+    def went_well(self, count: int) -> None:
+        """A batch of ``count`` samples fitted; only full ones say something about the limit."""
+        if count < self.size:
+            return
+        self._fitted = True
+        self._well += 1
+        if self._well < self._patience:
+            return
+        self._well = 0
+        if self.size < self._wanted:
+            self.size = min(2 * self.size, self._wanted)
+            log.info("the device's memory is enough again; larger batches are tried", batch_size=self.size)
+        else:
+            self._patience = PATIENCE // 2
+
+
 class Runner:
     """Runs a module's ``collate`` and ``process`` on a device.
 
@@ -52,10 +95,15 @@ class Runner:
     def __init__(self, module: Module, device: torch.device, precision: str, batch_size: int) -> None:
         self._module = module
         self._device = device
-        self._dtype = PRECISIONS[precision]
+        self.precision = precision
+        """``fp32``, or what ``process`` is run in by ``autocast``: ``bf16`` or ``fp16``."""
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self.batch_size = batch_size
-        """The largest batch that goes to ``process``; halved when the device runs out of memory."""
+        self._limit = BatchLimit(batch_size)
+
+    @property
+    def batch_size(self) -> int:
+        """The largest batch that goes to ``process``; halved when the device runs out of memory, and recovering."""
+        return self._limit.size
 
     def stage(self, samples: list[Sample]) -> Staged:
         """Collate samples and begin their copy to the device; an error is kept for :meth:`run` to deal with."""
@@ -70,6 +118,7 @@ class Runner:
         """Results for a staged batch, in order; samples that fail are tried one by one, so only the guilty one does."""
         done, error = self._attempt(staged)
         if error is None:
+            self._limit.went_well(len(done))
             return done
         # Out here neither the error's frames nor the batch keep memory on the device that the next try needs.
         staged.batch = None
@@ -133,9 +182,12 @@ class Runner:
         if len(samples) == 1:
             return self._one_by_one(samples, error)
         half = len(samples) // 2
-        self.batch_size = min(self.batch_size, half)
+        self._limit.ran_out(half)
         log.warning("out of device memory; the batch is halved", batch_size=self.batch_size)
-        return [done for part in (samples[:half], samples[half:]) for done in self.run(self.stage(part))]
+        done: list[Done] = []
+        while len(done) < len(samples):  # a part may make the limit smaller still, and the next ones with it
+            done += self.run(self.stage(samples[len(done) : len(done) + self.batch_size]))
+        return done
 
     def _collate(self, samples: list[Sample]) -> tuple[Any, torch.cuda.Event | None]:
         batch = self._module.collate([sample.value for sample in samples])
@@ -153,9 +205,8 @@ class Runner:
         return tensor.to(self._device, non_blocking=True)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self._dtype is None:
-            return nullcontext()
-        return torch.autocast(self._device.type, dtype=self._dtype)
+        dtype = PRECISIONS[self.precision]
+        return nullcontext() if dtype is None else torch.autocast(self._device.type, dtype=dtype)
 
 
 def _keep(batch: Any, stream: torch.cuda.Stream) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import Any
 
@@ -28,7 +28,10 @@ ASSETS = {
 
 
 class Endpoints:
-    """Serves what three callables tell: what is wrong (liveness), what is missing (readiness), and the status."""
+    """Serves what is wrong (liveness), what is missing (readiness), the status and the metrics, each by a callable.
+
+    ``refresh`` is awaited before each of them.
+    """
 
     def __init__(
         self,
@@ -37,21 +40,26 @@ class Endpoints:
         missing: Callable[[], list[str]],
         status: Callable[[], dict[str, Any]],
         metrics: Callable[[], bytes],
+        refresh: Callable[[], Awaitable[object]] | None = None,
     ) -> None:
         self._problems = problems
         self._missing = missing
         self._status = status
         self._metrics = metrics
+        self._refresh = refresh
         self._runner: web.AppRunner | None = None
         self.port = 0
 
     async def start(self, host: str, port: int) -> None:
         """Listen. Raises StartupError when the port is taken or the address is not this machine's."""
         app = web.Application()
-        app.router.add_get("/livez", self._livez)
-        app.router.add_get("/readyz", self._readyz)
-        app.router.add_get("/metrics", self._get_metrics)
-        app.router.add_get("/status.json", self._get_status)
+        for path, answer in (
+            ("/livez", lambda: _verdict(self._problems())),
+            ("/readyz", lambda: _verdict(self._missing())),
+            ("/metrics", self._get_metrics),
+            ("/status.json", lambda: web.json_response(self._status(), headers=HEADERS)),
+        ):
+            app.router.add_get(path, self._fresh(answer))
         for path in ASSETS:
             app.router.add_get(path, _asset)
         self._runner = web.AppRunner(app, access_log=None)
@@ -71,17 +79,16 @@ class Endpoints:
         if self._runner is not None:
             await self._runner.cleanup()
 
-    async def _livez(self, _request: web.Request) -> web.Response:
-        return _verdict(self._problems())
+    def _fresh(self, answer: Callable[[], web.Response]) -> Callable[[web.Request], Awaitable[web.Response]]:
+        async def handle(_request: web.Request) -> web.Response:
+            if self._refresh is not None:
+                await self._refresh()
+            return answer()
 
-    async def _readyz(self, _request: web.Request) -> web.Response:
-        return _verdict(self._missing())
+        return handle
 
-    async def _get_metrics(self, _request: web.Request) -> web.Response:
+    def _get_metrics(self) -> web.Response:
         return web.Response(body=self._metrics(), headers={**HEADERS, "Content-Type": CONTENT_TYPE_LATEST})
-
-    async def _get_status(self, _request: web.Request) -> web.Response:
-        return web.json_response(self._status(), headers=HEADERS)
 
 
 def _verdict(reasons: list[str]) -> web.Response:

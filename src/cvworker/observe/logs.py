@@ -24,8 +24,17 @@ def _in_order(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> Mut
     return {name: line.pop(name) for name in ("timestamp", "level", "event") if name in line} | dict(line)
 
 
-def configure(log_format: str, level: str) -> None:
-    """Set up structlog, and what libraries log through the standard library, for this process."""
+def configure(log_format: str, level: str, **marks: Any) -> None:
+    """Set up structlog, and what libraries log through the standard library, for this process.
+
+    ``marks`` are in every line, such as the number of the pipeline.
+    """
+
+    def marked(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        line.update(marks)
+        return line
+
+    shared = [*_SHARED, marked] if marks else _SHARED
     as_json = log_format == "json" or (log_format == "auto" and not sys.stdout.isatty())
     least = getattr(logging, level.upper())
     renderer: list[Any]
@@ -36,7 +45,7 @@ def configure(log_format: str, level: str) -> None:
             structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty(), exception_formatter=structlog.dev.plain_traceback)
         ]
     structlog.configure(
-        processors=[*_SHARED, structlog.processors.StackInfoRenderer(), *renderer],
+        processors=[*shared, structlog.processors.StackInfoRenderer(), *renderer],
         wrapper_class=structlog.make_filtering_bound_logger(least),
         logger_factory=structlog.WriteLoggerFactory(sys.stdout),
         cache_logger_on_first_use=False,  # cached loggers do not pickle
@@ -44,7 +53,7 @@ def configure(log_format: str, level: str) -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*_SHARED, structlog.stdlib.add_logger_name],
+            foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderer],
         )
     )

@@ -216,7 +216,9 @@ function showTables(status) {
     ["queue", queue.url],
     ["dead-letter queue", queue.max_receives === null ? "none" : `after ${queue.max_receives} receives`],
     ["weights", model.weights ?? "–"],
-    ["model process", model.pid ? `pid ${model.pid}` : "–"],
+    status.processes
+      ? ["pipelines", status.processes.map(({ pid, state }) => (pid ? `pid ${pid} ${state}` : state)).join(", ")]
+      : ["model process", model.pid ? `pid ${model.pid}` : "–"],
     ["image memory", `${mebibytes(status.image_bytes)} of ${mebibytes(settings.max_inflight_bytes)}`],
   ]);
   const plain = (value) => (value === null ? "–" : typeof value === "object" ? JSON.stringify(value) : value);

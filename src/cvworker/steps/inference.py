@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from cvworker.errors import JobError, ProcessFailed, StartupError, WorkerFailed, job_error
-from cvworker.model.link import ModelLink
+from cvworker.model.link import READY_TIMEOUT_S, ModelLink
 from cvworker.queues import QueueClosed
 
 if TYPE_CHECKING:
@@ -24,6 +25,12 @@ MAX_RESTARTS = 3
 KILLS = 2
 """Processes that an image may end: once in a batch or by bad luck, once more by itself, and it has failed."""
 LOOK_S = 0.5
+GATHER_S = 0.01
+"""While the process has plenty to do, images are handed to it a few at a time: each hand-over wakes three threads."""
+LAST_FRAMES_S = 0.1
+"""To read what a process has said at its end, where the time to stop is used up."""
+READY_FACTOR = 3.0
+"""How much longer than the first process a replacement may take to load; at least ``stall_timeout``."""
 SILENCE_FACTOR = 1.5
 """The model process itself ends a DataLoader process that is stuck for ``stall_timeout``; it gets time to say so."""
 
@@ -67,6 +74,7 @@ class Inference:
         self._taking = False
         self._batch_since: float | None = None
         self._restarts = 0
+        self._patience = READY_TIMEOUT_S
         self._stopping = self._over = False
         self.restarts = 0
         self.failure: WorkerFailed | None = None
@@ -92,8 +100,12 @@ class Inference:
 
     def start(self) -> dict[str, Any]:
         """Start the model process and wait until it is warm. Raises StartupError as it says."""
+        began = time.monotonic()
         self._link = ModelLink(self._config, self._arena_fd)
-        self.ready = self._link.wait_ready()
+        self.ready = self._link.wait_ready(READY_TIMEOUT_S)
+        if "precision" in self.ready:  # for every process that may come after it: answers must not change their kind
+            self._config = replace(self._config, precision=self.ready["precision"])
+        self._patience = max(self._config.stall_timeout, READY_FACTOR * (time.monotonic() - began))
         for thread in (*self.threads, self._watcher):
             thread.start()
         return self.ready
@@ -105,13 +117,14 @@ class Inference:
     def stop(self, timeout: float) -> None:
         """Let the process finish what it holds, for at most ``timeout`` seconds. The inbox must be closed."""
         self._stopping = True
+        until = time.monotonic() + timeout
         link = self._link
         if link is not None:
             link.stop(timeout)
         with self._room:
             self._over = True
             self._room.notify_all()
-        self.join(1)
+        self.join(max(LAST_FRAMES_S, min(1.0, until - time.monotonic())))
 
     def join(self, timeout: float) -> None:
         """Wait for the threads, one of which may be waiting for room for a result."""
@@ -136,8 +149,9 @@ class Inference:
                         self._room.wait()
                     if self._over:
                         return
-                    room = window - len(self._jobs)
-                self._submit(self._inbox.get(room))
+                if len(self._jobs) >= self._config.plenty:
+                    time.sleep(GATHER_S)
+                self._submit(self._inbox.get(window - len(self._jobs)))
         except QueueClosed:
             pass
 
@@ -225,7 +239,7 @@ class Inference:
             raise WorkerFailed(f"the model process ends again and again ({how}), no image at fault")
         new = self._starting = ModelLink(self._config, self._arena_fd)
         try:
-            new.wait_ready()
+            new.wait_ready(self._patience)
         except StartupError:
             new.kill()
             raise
