@@ -117,7 +117,8 @@ def case(tmp_path_factory: pytest.TempPathFactory, guarded: Any) -> Iterator[Sim
         here.send(*({"id": name, "image_url": url, "callback_url": callback} for name, url in urls.items()))
         worker = here.worker(
             *("--download-timeout", "2", "--max-image-bytes", str(MAX_BYTES), "--max-image-pixels", str(MAX_PIXELS)),
-            *("--allowed-buckets", "pictures", "--weights", f"{folder / 'weights.safetensors'}#sha256={digest}"),
+            *("--precision", "fp32", "--allowed-buckets", "pictures"),
+            *("--weights", f"{folder / 'weights.safetensors'}#sha256={digest}"),
             module=PICKY,
         )
 
@@ -182,7 +183,7 @@ def test_an_answer_has_the_fields_of_the_contract_and_no_other(case: SimpleNames
         "image_url": case.urls["png"],
         "metadata": {},
         "attempt": 1,
-        "worker": {"version": __version__, "module": "picky", "weights": f"sha256:{case.digest}"},
+        "worker": {"version": __version__, "module": "picky", "weights": f"sha256:{case.digest}", "precision": "fp32"},
     }
     assert set(timings) == {"queue", "download", "preprocess", "process", "total"}
     assert all(isinstance(value, int | float) and value >= 0 for value in timings.values())
@@ -199,7 +200,7 @@ def test_an_error_answer_has_the_same_fields_with_an_error_in_place_of_the_resul
         "image_url": case.urls["404"],
         "metadata": {},
         "attempt": 1,
-        "worker": {"version": __version__, "module": "picky", "weights": f"sha256:{case.digest}"},
+        "worker": {"version": __version__, "module": "picky", "weights": f"sha256:{case.digest}", "precision": "fp32"},
     }
     assert set(error) == {"code", "message", "retryable"}
     assert error["message"]

@@ -250,6 +250,6 @@ def test_a_real_network_answers_the_same_after_tuning_whatever_was_chosen(strict
     setup, trials = tune(runner, batch, network_of(module), CPU, precision="auto", optimize="auto")
     after = [json.loads(done.result or "") for done in runner.run(runner.stage(batch))]
     assert difference(before, after) is None
-    assert len(trials) >= 2
+    assert trials or setup.precision == "fp32"
     if strict:
         assert setup.precision == "fp32", "the type shows in the answers"

@@ -27,6 +27,8 @@ class Contender:
     program: str = ""
     """A module in ``load.compare.workers``; none is cvworker itself."""
     min_side: bool = False
+    module: str = ""
+    """A class in ``modules.py``; none is the one that fits the load."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """cvworker's, by environment variable without its prefix."""
     loads: tuple[str, ...] = ("io", "cpu", "r50")
@@ -50,7 +52,7 @@ class Contender:
         if self.program:
             program = f"load.compare.workers.{self.program}"
             return [sys.executable, "-m", program, "--queue-url", base + QUEUE, "--load", load, *self.arguments]
-        kind = ("ResNet" if load == "r50" else "") + ("MinSide" if self.min_side else "")
+        kind = self.module or ("ResNet" if load == "r50" else "") + ("MinSide" if self.min_side else "")
         module = f"{MODULES}:{kind or 'FullSize'}"
         return [sys.executable, "-m", "cvworker", "run", "--module", module, "--queue-url", base + QUEUE]
 

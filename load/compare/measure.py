@@ -78,10 +78,11 @@ class Peer:
 
 
 @contextmanager
-def world(load: Load, backlog: int | None = None, messages: str = "plain") -> Iterator[Peer]:
+def world(load: Load, backlog: int | None = None, messages: str = "plain", every: float = 0.0) -> Iterator[Peer]:
     """A world of its own for each measurement, so that none begins with what another left."""
     command = [sys.executable, "-m", "load.compare.world"]
     command += ["--image-ms", str(load.image_ms), "--callback-ms", str(load.callback_ms), "--messages", messages]
+    command += ["--every", str(every)]
     command += ["--backlog", str(backlog)] if backlog is not None else []
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
     try:

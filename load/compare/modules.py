@@ -47,3 +47,17 @@ class ResNetMinSide(ResNet):
 
     name = "compare"
     min_side = SIDE
+
+
+class Small(FullSize):
+    """ResNet-18 on the CPU: what start and memory are told of."""
+
+    name = "compare"
+
+    def setup(self, device: torch.device) -> None:
+        from torchvision.models import resnet18
+
+        self.model = resnet18().eval().to(device)
+
+    def process(self, batch: torch.Tensor) -> Results:
+        return classify(self.model, batch)

@@ -21,8 +21,8 @@ from load.compare.http import Connection, response
 
 VISIBILITY_S = 30
 MAX_RECEIVES = 5
-EMPTY_LOOK_S = 0.05
-"""An empty queue looks again after so long, for as long as the poll waits."""
+EMPTY_LOOK_S, ARRIVAL_LOOK_S = 0.05, 0.002
+"""An empty queue looks again after so long, for as long as the poll waits; oftener where arrivals are timed."""
 _KIND = b"application/x-amz-json-1.0"
 
 
@@ -49,10 +49,16 @@ class Held:
 
 @dataclass(slots=True)
 class Queue:
-    """The queue. ``body`` makes the body of a message from its number; ``backlog`` is how many there are, or None."""
+    """The queue. ``body`` makes the body of a message from its number; ``backlog`` is how many there are, or None.
+
+    ``every`` is the pace of arrivals, in seconds from one to the next; with 0 all are there from the beginning.
+    """
 
     body: Callable[[int], str]
     backlog: int | None = None
+    every: float = 0.0
+    most_held: int = 0
+    _began: float = 0.0
     counts: Counts = field(default_factory=Counts)
     _next: int = 0
     _held: dict[int, Held] = field(default_factory=dict)
@@ -82,10 +88,12 @@ class Queue:
         seconds = body.get("VisibilityTimeout", VISIBILITY_S)
         messages = [self._give(taken, now + seconds) for taken in self._take(body.get("MaxNumberOfMessages", 1))]
         if not messages and now < until:
-            asyncio.get_running_loop().call_later(EMPTY_LOOK_S, self._receive, connection, body, until)
+            look = ARRIVAL_LOOK_S if self.every else EMPTY_LOOK_S
+            asyncio.get_running_loop().call_later(look, self._receive, connection, body, until)
             return
         self.counts.receive_calls += 1
         self.counts.receives += len(messages)
+        self.most_held = max(self.most_held, self.held)
         answer = '{"Messages":[' + ",".join(messages) + "]}" if messages else "{}"
         connection.respond(response(answer.encode(), _KIND))
 
@@ -96,6 +104,9 @@ class Queue:
         fresh = at_most - len(taken)
         if self.backlog is not None:
             fresh = min(fresh, self.backlog - self._next)
+        if self.every:
+            self._began = self._began or time.monotonic()
+            fresh = max(0, min(fresh, int((time.monotonic() - self._began) / self.every) - self._next))
         taken += [(number, 0) for number in range(self._next, self._next + fresh)]
         self._next += fresh
         return taken

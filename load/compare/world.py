@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import gc
 import json
+import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,8 @@ from load.compare.pictures import COUNT, pictures
 from load.compare.sqs import ACCOUNT, Queue
 
 QUEUE = f"/{ACCOUNT}/images"
+MOST_TIMED = 1000
+"""Answers whose timings are kept: enough for a median, and nothing where pace is measured."""
 
 
 @dataclass(slots=True)
@@ -30,6 +33,8 @@ class Receiver:
     errors: int = 0
     """Answers whose status is ``error``."""
     ids: set[str] = field(default_factory=set)
+    around_ms: list[float] = field(default_factory=list)
+    """Of each answer: from sent to answered, without download, preprocess and process."""
 
     def take(self, body: bytes) -> None:
         answer = json.loads(body)
@@ -37,15 +42,25 @@ class Receiver:
         self.ids.add(answer["id"])
         if answer.get("status") == "error":
             self.errors += 1
+        if len(self.around_ms) < MOST_TIMED and (timings := answer.get("timings_ms")):
+            own = sum(timings.get(name, 0.0) for name in ("download", "preprocess", "process"))
+            self.around_ms.append(timings["total"] - own)
 
 
 class World:
     """Queue, host and receiver behind one port; ``image_s`` and ``callback_s`` are their latencies in seconds."""
 
-    def __init__(self, image_s: float, callback_s: float, backlog: int | None = None, messages: str = "plain") -> None:
+    def __init__(
+        self,
+        image_s: float,
+        callback_s: float,
+        backlog: int | None = None,
+        messages: str = "plain",
+        every: float = 0.0,
+    ) -> None:
         self.image_s, self.callback_s = image_s, callback_s
         self._for_celery = messages == "celery"
-        self.queue = Queue(self._body, backlog)
+        self.queue = Queue(self._body, backlog, every)
         self.receiver = Receiver()
         self._images = {b"/i/%d.jpg" % n: response(data, b"image/jpeg") for n, data in enumerate(pictures())}
         self._accepted = response(b"{}")
@@ -87,6 +102,8 @@ class World:
             "errors": self.receiver.errors,
             "repeats": self.receiver.callbacks - len(self.receiver.ids),
             "held": self.queue.held,
+            "most_held": self.queue.most_held,
+            "around_ms": statistics.median(self.receiver.around_ms) if self.receiver.around_ms else 0.0,
             **asdict(self.queue.counts),
         }
 
@@ -97,9 +114,10 @@ async def main() -> None:
     parser.add_argument("--callback-ms", type=float, default=0.0, help="latency of the callback receiver")
     parser.add_argument("--backlog", type=int, help="so many messages and no more (default: endless)")
     parser.add_argument("--messages", choices=("plain", "celery"), default="plain")
+    parser.add_argument("--every", type=float, default=0.0, help="seconds from one arrival to the next (default: none)")
     parser.add_argument("--port", type=int, default=0, help="0, the default, takes a free one")
     given = parser.parse_args()
-    world = World(given.image_ms / 1000, given.callback_ms / 1000, given.backlog, given.messages)
+    world = World(given.image_ms / 1000, given.callback_ms / 1000, given.backlog, given.messages, given.every)
     port = await world.serve(given.port)
     gc.freeze()  # the pictures live as long as the process
     print(port, flush=True)

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from cvworker.steps.callback import CallbackSender
     from cvworker.steps.download import Fetcher
 
-log = structlog.get_logger(__name__)
-
 
 class Flow:
     """Moves jobs on: downloaded → inference queue, inferred or failed → results queue, answered → end."""
@@ -44,6 +42,7 @@ class Flow:
         self._metrics = metrics
         self._clock = clock
         self._default_callback = default_callback
+        self._log = structlog.get_logger(__name__).bind()  # bound once: a line for each message is written here
         self.info: WorkerInfo | None = None
         self.sender: CallbackSender | None = None
 
@@ -131,7 +130,7 @@ class Flow:
             why["code"] = job.error.code
         if outcome.delay:
             why["again_in_s"] = round(outcome.delay, 1)
-        log.log(
+        self._log.log(
             20 if outcome.end in (End.ANSWERED, End.RELEASED) else 30,
             outcome.end.value,
             id=job.request.id.encode("ascii", "backslashreplace").decode(),

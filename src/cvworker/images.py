@@ -17,7 +17,6 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -52,13 +51,6 @@ FLIPS = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}  # axes of [3
 
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a DataLoader process has one core
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-
-
-@dataclass(frozen=True, slots=True)
-class ImageLimits:
-    """What one image may ask of the worker, apart from its bytes, which the download limits."""
-
-    max_pixels: int = MAX_PIXELS  # width times height, as the file claims them
 
 
 def decode(

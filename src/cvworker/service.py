@@ -94,6 +94,7 @@ class Service:
             module=ready["name"],
             device=ready["device_name"],
             precision=ready["precision"],
+            preprocess_workers=worker.inference.workers,
             queue=worker.queue.url,
             after_s=round(self.clock.monotonic() - self._born, 1),
         )

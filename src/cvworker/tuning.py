@@ -43,6 +43,11 @@ def preprocess_workers(cores: int, pipelines: int = 1) -> int:
     return max(1, min(cores // pipelines, MOST_WORKERS))
 
 
+def download_threads(cores: int) -> int:
+    """Threads of the pool with ``auto``: each carries many downloads, and another mostly waits for Python's lock."""
+    return max(1, min(cores // 4, 4))
+
+
 def queue_limit(rate: float, *, visibility: float, batch_size: int, downloads: int) -> int:
     """The bound of each of the three queues.
 

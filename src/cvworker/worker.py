@@ -34,7 +34,7 @@ from cvworker.steps.download import DownloadThreads, Fetcher
 from cvworker.steps.hosts import Hosts
 from cvworker.steps.inference import Inference
 from cvworker.steps.pool import JobPool
-from cvworker.tuning import Tuner, preprocess_workers
+from cvworker.tuning import Tuner, download_threads, preprocess_workers
 
 if TYPE_CHECKING:
     from threading import Thread
@@ -116,7 +116,7 @@ class Worker:
             clock=clock,
             called=metrics.received,
         )
-        threads = min(4, os.cpu_count() or 1) if s.download_threads == "auto" else s.download_threads
+        threads = download_threads(os.cpu_count() or 1) if s.download_threads == "auto" else s.download_threads
         self.downloaders = DownloadThreads(threads, self._download_loop, self._download_thread_ended)
         self.inference = Inference(
             model_config(s, local_weights, self.arena.size),

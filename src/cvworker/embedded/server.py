@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Self
 
@@ -14,7 +15,7 @@ BACKLOG = 1024
 """Connections that may wait to be accepted: a worker opens hundreds at once."""
 
 
-class ThreadServer:
+class ThreadServer(ABC):
     """An HTTP server on an event loop in a thread of its own, on a free port, for as long as its context lasts."""
 
     def __init__(self, *, port: int = 0) -> None:
@@ -26,9 +27,9 @@ class ThreadServer:
         self._failed: BaseException | None = None
         self.url = ""
 
+    @abstractmethod
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request; runs on the server's loop."""
-        raise NotImplementedError
 
     def start(self) -> None:
         """Start the thread and return once it accepts connections; raises what kept it from doing so."""

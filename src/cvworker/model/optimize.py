@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -57,7 +58,7 @@ class ChannelsLast:
             layer._parameters[name] = old
 
 
-class Forward:
+class Forward(ABC):
     """A form that puts another function in the place of the network's ``forward``: attributes and hooks stay."""
 
     name = "forward"
@@ -78,8 +79,9 @@ class Forward:
         else:
             vars(self._model).pop("forward", None)
 
+    @abstractmethod
     def make(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        raise NotImplementedError
+        """What to run in place of ``forward``."""
 
 
 class Compiled(Forward):

@@ -34,6 +34,8 @@ SLOW_BATCHES = 3
 """The same in full batches, where that is more: it is a slow model that gains most."""
 FULL_BUDGET_MS = 60_000.0
 """The same with ``optimize: full``, where compiling takes longer than that anyway."""
+FAST_MS = 1.0
+"""A full batch that takes no longer has nothing to gain, and what would be measured is noise."""
 SLOW_MS = 100.0
 """A batch that takes longer is timed with fewer samples; answers are always compared over the full batch."""
 CPU_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
@@ -94,9 +96,9 @@ class Tuning:
         self._left_ms = budget_ms
         _on(bench, first)
         self._expected = self._answers(len(samples))
-        full_ms = budget_ms - self._left_ms
-        self._left_ms = max(self._left_ms, SLOW_BATCHES * full_ms)
-        self._batch = min(len(samples), max(2, int(len(samples) * SLOW_MS / max(full_ms, 1e-6))))
+        self.full_ms = budget_ms - self._left_ms
+        self._left_ms = max(self._left_ms, SLOW_BATCHES * self.full_ms)
+        self._batch = min(len(samples), max(2, int(len(samples) * SLOW_MS / max(self.full_ms, 1e-6))))
 
     def try_(self, precision: str, make: Callable[[], Iterable[Form]], sizes: Sequence[int] = ()) -> bool:
         """Measure a setup and keep it if it is better; whatever it raises is a reason not to.
@@ -168,6 +170,8 @@ def tune(
         return first, []
 
     tuning = Tuning(bench, samples, first, budget_ms=FULL_BUDGET_MS if full else BUDGET_MS)
+    if tuning.full_ms < FAST_MS:
+        return first, []
 
     def channels_last(name: str) -> list[Form]:
         assert model is not None

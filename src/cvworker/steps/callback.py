@@ -152,6 +152,8 @@ class CallbackSender:
 
 async def _drain(response: aiohttp.ClientResponse) -> None:
     """Read a short body, for the connection's sake: the answer was given with the status, whatever comes after it."""
+    if response.content.is_eof():  # it came with the head, as most do
+        return
     try:
         async with asyncio.timeout(DRAIN_S):
             await response.content.read(MAX_RESPONSE_BYTES)

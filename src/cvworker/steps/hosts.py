@@ -45,7 +45,8 @@ class Hosts:
         self._clock = clock
         self._hosts: OrderedDict[str, _Host] = OrderedDict()
         self._under_way = 0
-        self._waiting = 0
+        self._queued: dict[int, _Host] = {}
+        """Those that somebody waits for, by identity."""
 
     @property
     def under_way(self) -> int:
@@ -112,7 +113,7 @@ class Hosts:
         if host.waiting or not self._may(host):
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             host.waiting.append(turn)
-            self._waiting += 1
+            self._queued[id(host)] = host
             try:
                 await turn
             except asyncio.CancelledError:
@@ -120,7 +121,7 @@ class Hosts:
                     self._leave(host)
                 elif turn in host.waiting:
                     host.waiting.remove(turn)
-                    self._waiting -= 1
+                    self._unqueue(host)
                 raise
         else:
             self._enter(host)
@@ -173,16 +174,20 @@ class Hosts:
 
     def _hand_out(self) -> None:
         """Give free slots to who waits: first where the fewest are under way, so nobody's backlog is everybody's."""
-        while self._waiting:
-            ready = [each for each in self._hosts.values() if each.waiting and self._may(each)]
+        while self._queued and self._under_way < self._limit():
+            ready = [each for each in self._queued.values() if self._may(each)]
             if not ready:
                 return
             chosen = min(ready, key=lambda each: each.under_way)
             turn = chosen.waiting.popleft()
-            self._waiting -= 1
+            self._unqueue(chosen)
             if not turn.done():
                 self._enter(chosen)
                 turn.set_result(None)
+
+    def _unqueue(self, host: _Host) -> None:
+        if not host.waiting:
+            self._queued.pop(id(host), None)
 
 
 def host_of(url: str) -> str:
