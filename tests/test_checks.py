@@ -1,4 +1,4 @@
-"""The promise about full speed, in the world that speed is measured in; the timed ones are in ``load/checks.py`` only."""
+"""Full speed, in the world that speed is measured in; what is timed is in ``load/checks.py`` only."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 
-from cvworker import __version__
+from cvworker import __version__, heap
 from cvworker.clock import Clock
 from cvworker.errors import StartupError, WorkerFailed
 from cvworker.net import GuardedSession
@@ -85,6 +85,7 @@ class Service:
             await endpoints.stop()
 
     async def _serve(self, worker: Worker, session: GuardedSession) -> None:
+        heap.settle()
         answering = await worker.start(session)
         self.health.watch(worker.threads())
         self.state = "running"
