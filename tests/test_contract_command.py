@@ -124,6 +124,7 @@ def refused(tmp_path_factory: pytest.TempPathFactory, ministack: Any) -> Iterato
             environment = {key: value for key, value in environment.items() if value}
             return command("run", *map(fill, flags), folder=folder, environment=environment), fill(mentions)
 
+        tmp_path_factory.getbasetemp()  # made at its first use, and not to be made by four threads at once
         yield {name: pool.submit(start, name) for name in REFUSED}
         pool.shutdown(cancel_futures=True)
 

@@ -10,6 +10,7 @@ import torch.utils.data  # noqa: F401
 
 import cvworker.images
 import cvworker.model.preprocess  # noqa: F401
+from cvworker import heap
 
 VARIABLE = "CVWORKER_PRELOAD"
 
@@ -22,3 +23,5 @@ if VARIABLE in os.environ:
         load(wanted["module"])
     except Exception:  # noqa: S110 - the process that needs the module says what is wrong with it
         pass
+
+heap.settle()  # or each child would write to, and so unshare, every page of it when it collects its own garbage

@@ -96,7 +96,7 @@ class Images(IterableDataset[Chunk]):
         if info is not None:
             configure(config.log_format, config.log_level)  # a process of its own: nothing is inherited
             _limit_memory(config.max_image_pixels)
-            heap.settle()
+            heap.settle(forked=True)
             while wanted := _pull(inlet, config.chunk, info.num_workers):
                 chunk = self._chunk([self._one(memory, each, row) for each in wanted])
                 yield chunk.pack(self._slabs, info.id) if self._slabs is not None else chunk
