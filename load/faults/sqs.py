@@ -87,7 +87,10 @@ class Sqs:
         operation = request.headers.get("X-Amz-Target", "").rpartition(".")[2]
         found = re.search(r"Credential=([^/]+)/", request.headers.get("Authorization", ""))
         worker = found[1] if found else "?"
-        body = json.loads(await request.read())
+        try:
+            body = json.loads(await request.read())
+        except ConnectionError:  # its worker was killed in the middle of the call, which nobody hears any more
+            return _answer({}, 400)
         self._ledger.note(Kind.CALL, worker=worker, note=operation)
         fault = ""
         if operation != "GetQueueAttributes":  # only asked for at start, where failing is the worker's right answer
