@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import threading
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -83,7 +84,7 @@ class _Server(ThreadingHTTPServer):
         """A client that hangs up is what several tests are about."""
 
 
-class Peer:
+class Peer(ABC):
     """A server on 127.0.0.1 and a free port."""
 
     def __init__(self) -> None:
@@ -102,8 +103,9 @@ class Peer:
         self._server.shutdown()
         self._server.server_close()
 
+    @abstractmethod
     def handle(self, exchange: Exchange) -> None:
-        raise NotImplementedError
+        """Answer one request, or do worse."""
 
 
 class OddHost(Peer):

@@ -115,7 +115,7 @@ class ModelProcess:
         """Run batches until there will be no more, on the thread that has set up the module and warmed it up.
 
         OpenMP keeps a team of threads for each thread that computes, and with more of them than cores each wait within
-        an operation becomes a sleep: on two cores that costs ResNet-50 a seventh.
+        an operation becomes a sleep: on two cores that costs ResNet-50 a fifth.
         """
         for staged in self._staged_ahead() if self._device.type == "cuda" else self._staged_in_turn():
             self.send({"started": [sample.number for sample in staged.samples]})
