@@ -21,9 +21,9 @@ lock() { echo "$venv/setup.pid"; }
 log() { echo "$venv/setup.log"; }
 
 # Measured with the CUDA build of torch on Linux x86-64, in GB of 10^9 bytes.
-download_gb=3.1
-installed_gb=6.2
-needed_gb=9.3 # pip keeps the downloads until all of them are unpacked
+download_gb=3.3
+installed_gb=7.0
+needed_gb=10.3 # pip keeps the downloads until all of them are unpacked
 of_total=     # known there only
 
 say() { printf 'setup: %s\n' "$*"; }
