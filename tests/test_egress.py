@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, Self
 
-import aiohttp
 import pytest
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
@@ -22,7 +21,7 @@ from cvworker import settings as settings_module
 from cvworker.arena import PAGE, Arena
 from cvworker.egress import check_proxy, port_ranges, without_credentials
 from cvworker.errors import DownloadInterrupted, UrlNotAllowed
-from cvworker.net import AddressGuard, GuardedSession
+from cvworker.net import AddressGuard, GuardedSession, NameUnknown, TlsFailed
 from cvworker.settings import Settings, unknown_variables
 from cvworker.signing import Signer
 from cvworker.steps.download import Fetcher
@@ -191,7 +190,7 @@ def test_https_goes_through_a_tunnel_and_the_certificate_must_be_the_hosts_own()
             async with GuardedSession(guard, lookup=libc, ssl_context=trusting) as http:
                 async with http.get("https://images.example/a.jpg") as response:
                     assert await response.read() == b"picture"
-                with pytest.raises(aiohttp.ClientConnectorCertificateError):
+                with pytest.raises(TlsFailed):
                     async with http.get("https://other.example/a.jpg"):
                         pass
         assert proxy.asked == ["CONNECT images.example:443", "CONNECT other.example:443"]
@@ -244,7 +243,7 @@ def test_a_name_of_a_private_address_or_of_none_is_not_handed_to_the_proxy() -> 
                 with pytest.raises(UrlNotAllowed, match="does not resolve to public addresses only"):
                     async with http.get("http://inside.test/"):
                         pass
-                with pytest.raises(aiohttp.ClientConnectorDNSError) as unknown:
+                with pytest.raises(NameUnknown) as unknown:
                     async with http.get("http://nowhere.test/"):
                         pass
                 assert unknown.value.host == "nowhere.test"

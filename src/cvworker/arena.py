@@ -29,10 +29,14 @@ class Slot:
 
     def write(self, data: bytes | memoryview) -> None:
         """Append ``data``; the caller keeps within ``room``."""
+        self.next(len(data))[:] = data
+
+    def next(self, length: int) -> memoryview:
+        """The memory of the next ``length`` bytes, for who writes them in place; the caller keeps within ``room``."""
         assert self._arena is not None
         at = self.offset + self.length
-        self._arena.memory[at : at + len(data)] = data
-        self.length += len(data)
+        self.length += length
+        return self._arena.memory[at : at + length]
 
     def seal(self) -> None:
         """Give back the room that was not needed."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 
@@ -11,9 +10,9 @@ MOST_S = 3600.0
 """More than this is not believed."""
 
 
-def retry_after(headers: Mapping[str, str]) -> float | None:
+def retry_after(value: str) -> float | None:
     """Seconds from now, from a number or an HTTP date (RFC 9110, 10.2.3); None if there is none that makes sense."""
-    value = headers.get("Retry-After", "").strip()
+    value = value.strip()
     if not value:
         return None
     try:

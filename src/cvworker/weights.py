@@ -13,10 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
 from urllib.parse import urlsplit
 
-import aiohttp
 import boto3
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
@@ -24,7 +22,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from cvworker.errors import JobError, StartupError, UrlNotAllowed
 from cvworker.loading import DEMO
 from cvworker.messages import is_s3_url, split_s3_url
-from cvworker.net import AddressGuard, GuardedSession, display_url
+from cvworker.net import AddressGuard, GuardedSession, HttpFailed, NameUnknown, Response, TlsFailed, display_url
 from cvworker.settings import how_to_set
 
 MAX_BYTES = 20 * 1024**3
@@ -228,36 +226,36 @@ async def _get(url: str, part: Path, guard: AddressGuard, fetched: Fetched, *, h
             session.get(url, timeout=FETCH_TIMEOUT_S, https_only=https_only) as response,
         ):
             _check(response, url)
-            version = response.headers.get("ETag", "")
+            version = response.header("etag")
             version = "" if version.startswith("W/") else version  # a weak one stays when bytes change
             if path := fetched(version):
                 return path
             size = 0
             with part.open("wb") as file:
-                async for block in response.content.iter_chunked(BLOCK):
+                async for block in response.chunks():
                     size += len(block)
                     _limit(size, url)
                     file.write(block)
             return version
-    except aiohttp.ClientConnectorDNSError as error:
+    except NameUnknown as error:
         raise _Passing(f"the name {error.host} does not resolve") from None
-    except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientSSLError):
+    except TlsFailed:
         raise StartupError(f"weights: {display_url(url)}: the host's certificate was not accepted") from None
     except TimeoutError:
         raise StartupError(f"weights: {display_url(url)} took longer than {FETCH_TIMEOUT_S:g} s") from None
-    except aiohttp.ClientError as error:
-        raise _Passing(type(error).__name__) from None
+    except HttpFailed as error:
+        raise _Passing(str(error)) from None
 
 
-def _check(response: Any, url: str) -> None:
+def _check(response: Response, url: str) -> None:
     if response.status == 429 or response.status >= 500:
         raise _Passing(f"HTTP {response.status}")
     if response.status != 200:
         raise StartupError(f"weights: {display_url(url)} answered {response.status}")
-    encoding = response.headers.get("Content-Encoding", "identity")
+    encoding = response.header("content-encoding", "identity")
     if encoding.strip().lower() not in ("", "identity"):
         raise StartupError(f"weights: {display_url(url)} came with Content-Encoding {encoding[:40]!r}")
-    _limit(response.content_length or 0, url)
+    _limit(response.length or 0, url)
 
 
 def _limit(size: int, url: str) -> None:

@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import aiohttp
-
 from cvworker.errors import CvworkerError, UrlNotAllowed
+from cvworker.net import HttpFailed, NameUnknown, Response
 from cvworker.retry_after import retry_after
 from cvworker.steps.hosts import Hosts, host_of
 
@@ -84,8 +83,12 @@ class CallbackSender:
         """Seconds that the host of ``url`` is left alone for, after failures."""
         return self.hosts.paused_for(host_of(url))
 
-    async def post(self, url: str, webhook_id: str, body: bytes, *, last: bool = False) -> Sent:
+    async def post(
+        self, url: str, webhook_id: str, body: bytes, *, last: bool = False, headers: Mapping[str, str] | None = None
+    ) -> Sent:
         """Post ``body`` until it is accepted, as often and as long as is worth it in place.
+
+        ``headers`` are sent besides our own.
 
         Raises:
             CallbackRefused: not accepted; UrlNotAllowed: this URL may not be called at all.
@@ -94,9 +97,9 @@ class CallbackSender:
         if self.crowded(url, last=last):
             raise CallbackRefused("too many answers wait for this host", self.hosts.paused_for(host))
         with self.hosts.in_hand(host):
-            return await self._try(url, host, webhook_id, body)
+            return await self._try(url, host, webhook_id, body, headers or {})
 
-    async def _try(self, url: str, host: str, webhook_id: str, body: bytes) -> Sent:
+    async def _try(self, url: str, host: str, webhook_id: str, body: bytes, headers: Mapping[str, str]) -> Sent:
         give_up_at = self._clock.monotonic() + RESULT_WAIT_S
         tries_left = TRIES
         while True:
@@ -105,8 +108,8 @@ class CallbackSender:
             pause = RETRY_BASE_S * 2.0 ** (TRIES - 1 - tries_left) * random.uniform(0.5, 1.5)  # noqa: S311 - jitter
             try:
                 async with self.hosts.slot(host):
-                    status, headers = await self._once(url, webhook_id, body)
-            except (aiohttp.ClientError, OSError) as error:
+                    status, wished = await self._once(url, webhook_id, body, headers)
+            except (HttpFailed, TimeoutError) as error:
                 self.hosts.failed(host)
                 if isinstance(error, TimeoutError) or not tries_left:
                     raise CallbackRefused(_what(error)) from None
@@ -115,10 +118,9 @@ class CallbackSender:
                 (self.hosts.failed if passing else self.hosts.succeeded)(host)
                 if 200 <= status < 300 or status == 410:
                     return Sent(status)
-                wished = retry_after(headers) if status in (429, 503) else None
-                pause = max(pause, wished or 0.0)
+                pause = max(pause, wished)
                 if not passing or not tries_left or pause > RETRY_IN_PLACE_S:
-                    raise CallbackRefused(f"HTTP {status}", wished or 0.0)
+                    raise CallbackRefused(f"HTTP {status}", wished)
             await asyncio.sleep(pause)
 
     async def _until_resumed(self, host: str, give_up_at: float) -> None:
@@ -128,20 +130,23 @@ class CallbackSender:
                 raise CallbackRefused("the host fails again and again", paused)
             await asyncio.sleep(paused * random.uniform(1.0, 1.2))  # noqa: S311 - jitter
 
-    async def _once(self, url: str, webhook_id: str, body: bytes) -> tuple[int, Mapping[str, str]]:
-        headers = {"webhook-id": webhook_id, "Content-Type": "application/json"}
+    async def _once(self, url: str, webhook_id: str, body: bytes, extra: Mapping[str, str]) -> tuple[int, float]:
+        """One exchange: its status, and for how many seconds the host wishes to be left alone."""
+        headers = {"webhook-id": webhook_id, "Content-Type": "application/json", **extra}
         began = self._clock.monotonic()
         if self._signer is not None:  # at each try: receivers refuse old timestamps
             headers |= self._signer.headers(webhook_id, int(self._clock.wall()), body)
         outcome, answered = "error", None
         try:
             async with self._session.post(url, data=body, headers=headers, timeout=self._timeout) as response:
-                outcome, answered = f"{response.status // 100}xx", (response.status, response.headers)
-                await _drain(response)
+                wished = retry_after(response.header("retry-after")) if response.status in (429, 503) else None
+                outcome, answered = f"{response.status // 100}xx", (response.status, wished or 0.0)
+                if not response.has_come:
+                    await _drain(response)
         except UrlNotAllowed:
             outcome = "refused"
             raise
-        except (aiohttp.ClientError, OSError) as error:
+        except (HttpFailed, TimeoutError) as error:
             if answered is None:
                 outcome = "timeout" if isinstance(error, TimeoutError) else outcome
                 raise
@@ -150,20 +155,22 @@ class CallbackSender:
         return answered
 
 
-async def _drain(response: aiohttp.ClientResponse) -> None:
+async def _drain(response: Response) -> None:
     """Read a short body, for the connection's sake: the answer was given with the status, whatever comes after it."""
-    if response.content.is_eof():  # it came with the head, as most do
-        return
+    size = 0
     try:
         async with asyncio.timeout(DRAIN_S):
-            await response.content.read(MAX_RESPONSE_BYTES)
-    except (aiohttp.ClientError, OSError):
+            async for data in response.chunks():
+                size += len(data)
+                if size > MAX_RESPONSE_BYTES:
+                    return
+    except (HttpFailed, TimeoutError):
         pass
 
 
 def _what(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return "timed out"
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
+    if isinstance(error, NameUnknown):
         return f"the name {error.host} does not resolve"
-    return type(error).__name__
+    return str(error)

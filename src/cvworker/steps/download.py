@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import aiohttp
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -22,10 +21,9 @@ from cvworker.errors import (
     DownloadTimeout,
     ImageNotFound,
     ImageTooLarge,
-    UrlNotAllowed,
 )
 from cvworker.messages import is_s3_url, split_s3_url
-from cvworker.net import AddressGuard, GuardedSession
+from cvworker.net import AddressGuard, BodyCut, GuardedSession, HttpFailed, NameUnknown, Response, TlsFailed
 from cvworker.retry_after import retry_after
 
 if TYPE_CHECKING:
@@ -85,44 +83,49 @@ class Fetcher:
             async with self._session.get(url) as response:
                 _check(response)
                 return await self._read(response, limit)
-        except aiohttp.ClientConnectorDNSError as error:
+        except NameUnknown as error:
             raise DownloadInterrupted(f"the name {error.host} does not resolve") from None
-        except (aiohttp.ClientSSLError, aiohttp.ClientConnectorCertificateError):
+        except TlsFailed:
             raise DownloadFailed("TLS failed: the host's certificate or protocol was not accepted") from None
-        except aiohttp.InvalidURL:
-            raise UrlNotAllowed("the URL is malformed") from None
-        except aiohttp.ClientPayloadError:
+        except BodyCut:
             raise DownloadInterrupted("the body ended before it was complete") from None
-        except (aiohttp.ClientError, OSError) as error:
-            if isinstance(error, TimeoutError):
-                raise
-            raise DownloadInterrupted(f"the connection failed ({type(error).__name__})") from None
+        except HttpFailed as error:
+            raise DownloadInterrupted(str(error)) from None
 
-    async def _read(self, response: aiohttp.ClientResponse, limit: asyncio.Timeout) -> Slot:
-        length = response.content_length
-        if length is not None and length > self._max_bytes:
-            raise _too_large(length, self._max_bytes)
-        body, begun, whole = response.content.iter_any(), b"", False
+    async def _read(self, response: Response, limit: asyncio.Timeout) -> Slot:
+        length = response.length
         if length is None:
-            begun, whole = await _beginning(body)
-            if len(begun) > self._max_bytes:
-                raise ImageTooLarge(f"the image has more than {self._max_bytes} bytes")
-        expected = len(begun) if whole else self._max_bytes
-        slot = await self._room(expected if length is None else length, limit)
+            return await self._read_to_its_end(response, limit)
+        if length > self._max_bytes:
+            raise _too_large(length, self._max_bytes)
+        slot = await self._room(length, limit)
         try:
-            slot.write(begun)
-            async for data in body:
-                if slot.length + len(data) > slot.room or slot.length + len(data) > self._max_bytes:
-                    raise ImageTooLarge(f"the image has more than {self._max_bytes} bytes")
-                slot.write(data)
+            await response.read_into(slot.next(length))
         except BaseException:
             slot.free()
             raise
-        if length is not None and slot.length < length:
-            slot.free()
-            raise DownloadInterrupted(f"the body ended after {slot.length} of {length} bytes")
         slot.seal()
         return slot
+
+    async def _read_to_its_end(self, response: Response, limit: asyncio.Timeout) -> Slot:
+        """A body of unknown length: room for the largest image allowed, and most of it given back."""
+        body = response.chunks()
+        begun, whole = await _beginning(body)
+        slot = await self._room(len(begun) if whole else self._max_bytes, limit)
+        try:
+            self._append(slot, begun)
+            async for data in body:
+                self._append(slot, data)
+        except BaseException:
+            slot.free()
+            raise
+        slot.seal()
+        return slot
+
+    def _append(self, slot: Slot, data: bytes) -> None:
+        if slot.length + len(data) > self._max_bytes:
+            raise ImageTooLarge(f"the image has more than {self._max_bytes} bytes")
+        slot.write(data)
 
     async def _from_s3(self, url: str, limit: asyncio.Timeout) -> Slot:
         data = await self._s3.read(url)
@@ -219,15 +222,15 @@ async def _beginning(body: AsyncIterator[bytes]) -> tuple[bytes, bool]:
     return bytes(begun), True
 
 
-def _check(response: aiohttp.ClientResponse) -> None:
+def _check(response: Response) -> None:
     status = response.status
     if status in (404, 410):
         raise ImageNotFound(f"the image host answered {status}")
     if status == 429 or status >= 500:
-        raise DownloadInterrupted(f"the image host answered {status}", retry_after(response.headers))
+        raise DownloadInterrupted(f"the image host answered {status}", retry_after(response.header("retry-after")))
     if not 200 <= status < 300:
         raise DownloadFailed(f"the image host answered {status}")
-    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    encoding = response.header("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         raise DownloadFailed(f"the image host sent Content-Encoding {encoding[:40]!r}, which was not asked for")
 
