@@ -1,6 +1,6 @@
 # Plain make from 3.81 on, with sh. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak compare lint format docs constraints clean distclean
+.PHONY: help setup demo test soak compare device lint format docs constraints clean distclean
 
 # Every tool runs as a module of .venv's Python: scripts on PATH may belong to another environment.
 python := .venv/bin/python
@@ -25,6 +25,9 @@ fuzz: setup ## search for messages, URLs and pictures that break something; take
 
 compare: setup ## this worker and others at the same work, in turn; takes an hour (ARGS='--load cpu --rounds 1')
 	$(python) -m load.compare $(ARGS)
+
+device: setup ## the whole worker with ResNet-50 on a GPU beside its limits; ten minutes (ARGS='--device cpu --help')
+	$(python) -m load.device $(ARGS)
 
 lint: setup ## ruff and mypy, without the tests
 	$(python) -m ruff check .

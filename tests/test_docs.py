@@ -15,7 +15,7 @@ from cvworker.observe.metrics import Metrics
 from cvworker.settings import Settings
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def test_the_settings_reference_is_what_the_settings_class_says() -> None:

@@ -225,7 +225,7 @@ def test_a_profile_counts_under_alpha_and_a_palette_too() -> None:
 def test_an_srgb_profile_leaves_the_fast_path_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, tagged = (encode(photo(200, 150), "JPEG", icc_profile=icc) for icc in (None, hostile_images.srgb_profile()))
     monkeypatch.setattr(ImageCms, "applyTransform", pytest.fail)
-    images._to_srgb(hostile_images.srgb_profile(), "RGB")
+    images.to_srgb(hostile_images.srgb_profile(), "RGB")
     monkeypatch.setattr(Image, "open", pytest.fail)
     assert images.decode(tagged).equal(images.decode(plain))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from cvworker.observe import merged_metrics, merged_status
-from cvworker.observe.metrics import Metrics
+from cvworker.observe.metrics import EXAMPLES, Metrics
 
 SECONDS = st.lists(st.floats(0, 100), max_size=5)
 
@@ -49,11 +49,60 @@ def test_a_share_is_the_mean() -> None:
     assert together(said(busy=0.2), said(busy=0.8))["cvworker_stage_busy_ratio", "process"] == 0.5
 
 
+def test_of_what_all_see_alike_the_largest_counts() -> None:
+    one, other = Metrics(), Metrics()
+    for metrics, waiting, age in ((one, 500, 30.0), (other, 480, 90.0)):
+        metrics.backlog.labels("visible").set(waiting)
+        metrics.oldest.set(age)
+    found = together(one.text().decode(), other.text().decode())
+    assert found["cvworker_backlog_messages", "visible"] == 500
+    assert found["cvworker_oldest_message_age_seconds", ""] == 90.0
+
+
+def test_a_process_is_as_old_as_the_oldest_and_memory_is_summed() -> None:
+    text = Metrics().text().decode()
+    alone, found = together(text), together(text, text)
+    assert found["process_start_time_seconds", ""] == alone["process_start_time_seconds", ""]
+    assert found["process_resident_memory_bytes", ""] == 2 * alone["process_resident_memory_bytes", ""]
+
+
 def test_a_pipeline_that_has_ended_leaves_what_it_counted_and_not_what_it_held() -> None:
     ended = merged_metrics.totals(merged_metrics.read(said(answered=7, held=3)))
-    found = {sample.name: sample.value for family in ended for sample in family.samples}
-    assert found["cvworker_messages_total"] == 7
-    assert "cvworker_inflight_messages" not in found
+    found = {(each.name, each.labels.get("outcome")): each.value for family in ended for each in family.samples}
+    assert found["cvworker_messages_total", "answered"] == 7
+    assert "cvworker_inflight_messages" not in {name for name, _ in found}
+
+
+def example(at: float) -> dict[str, Any]:
+    return {"at": at, "code": "download_failed", "message": "HTTP 500", "id": f"req-{at:g}", "message_id": "m"}
+
+
+def test_the_latest_examples_of_all_are_told_in_their_order() -> None:
+    one, other = status(examples=[example(n) for n in range(0, 40, 2)]), status(examples=[example(5), example(39)])
+    assert [each["at"] for each in merged_status.merge([one, other])["examples"]][-3:] == [36, 38, 39]
+    assert len(merged_status.merge([one, other])["examples"]) == EXAMPLES
+    assert merged_status.totals(one)["examples"] == one["examples"], "they stay when their pipeline has ended"
+
+
+def test_histories_are_laid_side_by_side_at_their_ends() -> None:
+    one = {"every_s": 5.0, "rate_per_s": [1.0, 2.0, 3.0], "p50_ms": [10.0, None, 30.0], "p95_ms": [20.0, None, 40.0]}
+    younger = {"every_s": 5.0, "rate_per_s": [10.0], "p50_ms": [50.0], "p95_ms": [90.0]}
+    merged = merged_status.merge([status(history=one), status(history=younger)])["history"]
+    assert merged["rate_per_s"] == [1.0, 2.0, 13.0]
+    assert merged["p50_ms"] == [10.0, None, 40.0]
+    assert merged["p95_ms"] == [20.0, None, 90.0]
+
+
+def test_the_backlog_is_the_queues_and_the_oldest_message_that_of_all() -> None:
+    one = status(
+        backlog={"visible": 500, "hidden": 9, "delayed": 0}, leases={"extended": 1, "lost": 0, "oldest_s": 3.0}
+    )
+    other = status(backlog={"visible": 480, "hidden": None, "delayed": 0})
+    other["leases"] = {"extended": 2, "lost": 1, "oldest_s": 70.0}
+    merged = merged_status.merge([one, other])
+    assert merged["backlog"] == {"visible": 500, "hidden": 9, "delayed": 0}
+    assert merged["leases"] == {"extended": 3, "lost": 1, "oldest_s": 70.0}
+    assert merged_status.merge([])["backlog"]["visible"] is None
 
 
 def status(**changes: Any) -> dict[str, Any]:

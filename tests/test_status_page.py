@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import html
-import os
+import itertools
+import json
 import re
-import shutil
-import subprocess
+import time
 from html.parser import HTMLParser
 
 import aiohttp
 import pytest
 
+from browser import CHROMIUM, Browser
+from cvworker.embedded.receiver import accept
 from cvworker.errors import StartupError
-from cvworker.observe.http import Endpoints
+from cvworker.observe.http import HEADERS, MOST_STREAMS, Endpoints
 from cvworker.observe.metrics import Metrics
+from cvworker.observe.verdict import Judge
 from cvworker.settings import Settings
+from world import MODULES
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 with_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, which is not on this machine")
+SLOW = f"{MODULES / 'mean.py'}:Slow"
 MARKUP = "<img src=x onerror=document.title='owned'><script>document.title='owned'</script>&amp;"
 
 
 def worker_status(**changes):
     """The status of a worker whose process step is at its limit."""
-    return {
+    status = {
         "version": "9.8.7",
         "state": "running",
         "uptime_s": 3725.0,
@@ -40,6 +44,7 @@ def worker_status(**changes):
             "restarts": 0,
             "pid": 4711,
         },
+        "backlog": {"visible": 8286, "hidden": 118, "delayed": 3},
         "held": 118,
         "image_bytes": 61_000_000,
         "queues": {name: {"depth": 3, "limit": 28} for name in ("download", "inference", "results")},
@@ -52,9 +57,21 @@ def worker_status(**changes):
         "messages": {"answered": 1234.0, "later": 12.0},
         "errors": {"image_not_found": 97.0},
         "callbacks": {"2xx": 1234.0},
+        "done": {
+            "receive": 1300.0,
+            "download": 1290.0,
+            "preprocess": 1280.0,
+            "process": 1270.0,
+            "callback": 1234.0,
+            "batches": 180.0,
+        },
+        "leases": {"extended": 17.0, "lost": 2.0, "oldest_s": 12.4},
+        "history": {"every_s": 5.0, "rate_per_s": [20.0, 27.0], "p50_ms": [150.0, None], "p95_ms": [400.0, None]},
+        "examples": [{"at": 1.0, "code": "image_not_found", "message": "HTTP 404", "id": "req-1", "message_id": "m1"}],
         "settings": Settings(module="threat", queue_url="https://sqs.example.com/1/pictures").shown(),
         **changes,
     }
+    return {"verdict": Judge().verdict(status).json(), **status}
 
 
 def served(visit, *, problems=(), missing=(), status=worker_status):
@@ -186,32 +203,81 @@ def test_a_taken_port_is_told_by_its_setting():
     served(visit)
 
 
+def test_events_bring_the_status_once_a_second():
+    numbers = iter(range(100))
+
+    async def visit(base):
+        async with aiohttp.ClientSession() as session, session.get(base + "/events") as response:
+            assert response.content_type == "text/event-stream"
+            assert response.headers["Content-Security-Policy"] == HEADERS["Content-Security-Policy"]
+            events = [await response.content.readuntil(b"\n\n") for _ in range(2)]
+        return [json.loads(event.removeprefix(b"data: "))["held"] for event in events]
+
+    assert served(visit, status=lambda: worker_status(held=next(numbers))) == [0, 1]
+
+
+def test_pages_that_listen_do_not_hold_up_the_end():
+    async def visit(base):
+        session = aiohttp.ClientSession()
+        response = await session.get(base + "/events")
+        await response.content.readuntil(b"\n\n")
+        return session, response, time.monotonic()
+
+    async def close(session):
+        await session.close()
+
+    async def main():
+        endpoints = Endpoints(problems=list, missing=list, status=worker_status, metrics=bytes)
+        await endpoints.start("127.0.0.1", 0)
+        session, response, began = await visit(f"http://127.0.0.1:{endpoints.port}")
+        await endpoints.stop()
+        assert time.monotonic() - began < 10
+        assert await response.content.read() in (b"", response), "the stream has ended"
+        await close(session)
+
+    asyncio.run(main())
+
+
+def test_more_pages_than_are_good_are_told_so():
+    async def visit(base):
+        async with aiohttp.ClientSession() as session:
+            held = [await session.get(base + "/events") for _ in range(MOST_STREAMS)]
+            async with session.get(base + "/events") as one_more:
+                codes = {each.status for each in held}, one_more.status
+            for each in held:
+                each.close()
+        return codes
+
+    assert served(visit) == ({200}, 503)
+
+
 # The page, in a browser
 
 
+@pytest.fixture(scope="module")
+def browser():
+    with Browser() as running:
+        yield running
+
+
+ANSWERED = "document.getElementById('state').textContent !== 'no answer yet'"
+
+
 @pytest.fixture
-def look(tmp_path):
+def look(browser):
     """Open the page on what ``status()`` returns; gives the text of an element by its id, and the document."""
 
-    def browse(base):
-        flags = ["--headless", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-        flags += ["--disable-sync", "--no-first-run", "--disable-dev-shm-usage", f"--user-data-dir={tmp_path}"]
-        if os.geteuid() == 0:
-            flags.append("--no-sandbox")
-        done = subprocess.run(
-            [CHROMIUM, *flags, "--virtual-time-budget=3500", "--dump-dom", base + "/"],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-        )
-        return done.stdout
+    def look(status, until=ANSWERED):
+        async def visit(base):
+            async with browser.page(base + "/") as page:
+                await page.until(until)
+                return await page.html(), page.complaints
 
-    def look(status):
-        document = served(lambda base: asyncio.to_thread(browse, base), status=status)
+        document, complaints = served(visit, status=status)
+        assert [each for each in complaints if "Content Security" in each] == []
 
         def text(name):
-            inner = re.search(rf'id="{name}"[^>]*>(.*?)</(?:h1|h2|p|ul|tbody)>', document, re.DOTALL)[1]
+            inner = re.search(rf'id="{name}"[^>]*>(.*?)</(?:h1|h2|p|ul|tbody|b)>', document, re.DOTALL)[1]
             return html.unescape(" ".join(re.sub(r"<[^>]*>", " ", inner).split()))
 
         return text, document
@@ -232,36 +298,35 @@ def test_the_page_tells_what_holds_the_worker_back(look):
     assert "download 83 ms 1.3 s" in text("latency")
     assert "answered 0 1,234" in text("messages")
     assert "callback_timeout 15" in text("settings")
+    assert "leases 118 held, the oldest sent 12 s ago" in text("facts")
+    assert "leases so far 17 extended, 2 lost" in text("facts")
+    assert text("examples").endswith("image_not_found req-1 HTTP 404")
+    assert (text("backlog"), text("eta")) == ("8,286", "5 min 0 s at this pace")
+    assert re.search(r'<path d="M[\d.]+ [\d.]+L[\d.]+ [\d.]+L300 [\d.]+"', document), "the last minutes' throughput"
 
 
 @with_browser
-@pytest.mark.parametrize(
-    ("changes", "limit", "hint"),
-    [
-        ({"held": 0, "rate_per_s": 0.0}, "Idle: no messages to work on.", ""),
-        ({"state": "starting", "missing": ["not warm"]}, "Starting: no messages taken yet.", "not warm"),
-        ({"state": "stopping", "missing": ["stopping"]}, "Stopping: 118 messages in hand.", ""),
-        ({"problems": ["a thread died", "another"]}, "Failing: a thread died.", "another"),
-        ({"missing": ["sqs: denied"]}, "Not ready.", "sqs: denied"),
-        ({"busy": {"download": 0.3}}, "It keeps up with what arrives.", "download_concurrency (auto, now 54)"),
-        ({"busy": {"download": 0.01}}, "It keeps up with what arrives.", "Every step has room."),
-        # all before a full queue only waits for room, however busy it is
-        (
-            {"queues": {"results": {"depth": 28, "limit": 28}}},
-            "callback holds it back: 5% busy.",
-            "callback_concurrency (64)",
-        ),
-        (
-            {"image_bytes": 512 * 2**20, "busy": {"download": 1.0, "process": 0.2}},
-            "Too little memory for images holds it back.",
-            "max_inflight_bytes (512 MiB)",
-        ),
-    ],
-)
-def test_the_verdict(look, changes, limit, hint):
-    text, _ = look(lambda: worker_status(**changes))
-    assert text("limit") == limit
-    assert hint in text("hint")
+def test_each_step_shows_its_rate_and_the_batches_their_fill(look):
+    # given counters that grow: four batches with 30 images every second
+    seconds = itertools.count(100)
+
+    def status():
+        now = next(seconds)
+        rates = {**worker_status()["done"], "process": 30, "batches": 4}
+        return worker_status(uptime_s=float(now), done={name: rate * now for name, rate in rates.items()})
+
+    text, document = look(status, "document.querySelector('[data-step=process] .pace').textContent")
+    assert text("batches") == "batches of 7.5, at most 8"
+    assert re.search(r'<h3>process <span class="pace quiet">30/s', document)
+
+
+@with_browser
+def test_the_verdict_is_the_workers(look):
+    verdict = {"tone": "bad", "text": "Failing: a thread died.", "hint": "another", "step": None, "tag": ""}
+    text, document = look(lambda: worker_status(verdict=verdict, problems=["a thread died", "another"]))
+    assert (text("state"), text("limit"), text("hint")) == ("running, failing", "Failing: a thread died.", "another")
+    assert 'id="verdict" aria-labelledby="limit" data-tone="bad"' in document
+    assert "data-mark" not in document
 
 
 @with_browser
@@ -269,6 +334,8 @@ def test_nothing_in_the_status_is_taken_for_markup(look):
     status = worker_status(problems=[MARKUP], errors={MARKUP: 1.0}, messages={MARKUP: 1.0}, callbacks={MARKUP: 1.0})
     status["model"] = {**status["model"], "module": MARKUP, "device": MARKUP, "weights": MARKUP}
     status["settings"] = {**status["settings"], "callback_url": MARKUP, MARKUP: [MARKUP]}
+    status["verdict"] = Judge().verdict(status).json()
+    status["examples"] = [{"at": 1.0, "code": MARKUP, "message": MARKUP, "id": MARKUP, "message_id": MARKUP}]
     text, document = look(lambda: status)
     assert "<img" not in document
     assert document.count("<script") == 1
@@ -281,7 +348,7 @@ def test_nothing_in_the_status_is_taken_for_markup(look):
 @with_browser
 def test_a_worker_that_answers_no_more_is_told(look):
     first = iter([worker_status()])
-    text, document = look(lambda: next(first))
+    text, document = look(lambda: next(first), "document.getElementById('main').dataset.from === 'then'")
     assert text("state") == "no answer"
     assert text("limit").startswith("No answer since ")
     assert "it answers HTTP 500. What stands below is from then." in text("hint")
@@ -291,7 +358,95 @@ def test_a_worker_that_answers_no_more_is_told(look):
 
 @with_browser
 def test_an_answer_that_cannot_be_read_is_told(look):
-    text, document = look(lambda: {"not": "a status"})
+    text, document = look(lambda: {"not": "a status"}, ANSWERED)
     assert text("state") == "no answer"
     assert "this page cannot read what it answers" in text("hint")
     assert "data-from" not in document
+
+
+@with_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_is_readable_on_a_phone_by_day_and_by_night(browser, scheme):
+    async def visit(base):
+        async with browser.page(base + "/", width=360, scheme=scheme) as page:
+            await page.until(ANSWERED)
+            wide = await page.value("document.documentElement.scrollWidth")
+            colours = await page.value(
+                "['body', '.card', '.quiet', '#limit'].map(s => getComputedStyle(document.querySelector(s)))"
+                ".map(s => [s.color, s.backgroundColor])"
+            )
+            return wide, colours
+
+    wide, colours = served(visit, status=worker_status)
+    assert wide <= 360, "nothing has to be moved sideways"
+    (_, ground), (_, card), (quiet, _), (limit, _) = colours
+    for text in (quiet, limit):
+        for back in (ground, card):
+            assert contrast(text, back) >= 4.5, (text, back)  # WCAG 2, level AA
+    assert (luminance(ground) < 0.1) == (scheme == "dark")
+
+
+@with_browser
+def test_it_can_be_used_by_keyboard(browser):
+    async def visit(base):
+        async with browser.page(base + "/") as page:
+            await page.until(ANSWERED)
+            reached = []
+            for _ in range(5):
+                for kind in ("keyDown", "keyUp"):
+                    await page.call("Input.dispatchKeyEvent", type=kind, key="Tab", windowsVirtualKeyCode=9)
+                reached.append(await page.value("document.activeElement.textContent.trim()"))
+                if reached[-1] == "Settings in force":
+                    enter = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13}
+                    await page.call("Input.dispatchKeyEvent", type="keyDown", text="\r", **enter)
+                    await page.call("Input.dispatchKeyEvent", type="keyUp", **enter)
+                    await page.until("document.querySelector('details').open")
+            return reached
+
+    reached = served(visit)
+    assert reached == ["Settings in force", "status.json", "metrics", "livez", "readyz"]
+
+
+def luminance(colour):
+    """Of ``rgb(r, g, b)``, as WCAG defines it."""
+    parts = [int(each) / 255 for each in re.findall(r"\d+", colour)[:3]]
+    linear = [each / 12.92 if each <= 0.03928 else ((each + 0.055) / 1.055) ** 2.4 for each in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    darker, lighter = sorted((luminance(one), luminance(other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+# With a worker at work
+
+
+@with_browser
+def test_the_page_of_a_worker_under_load_and_under_a_fault(browser, fast_world):
+    # given a worker whose module is slow, and more messages than it can do at once
+    here = fast_world
+    worker = here.worker("--batch-size", "2", module=SLOW).ready()
+    picture = here.request(1)
+    here.send(*({**picture, "id": f"req-{n}"} for n in range(600)))
+
+    async def visit():
+        async with browser.page(worker.url()) as page:
+            # then the page says what holds it back and what to change
+            await page.until("document.getElementById('limit').textContent.startsWith('process holds it back')", 60)
+            assert "batch_size" in await page.text("#hint")
+            # and when its callbacks' receiver fails, it says that too
+            here.receiver.respond = lambda received: 400
+            await page.until("document.getElementById('notes').textContent.includes('not accepted')", 60)
+            # and when a picture is missing, which one
+            here.receiver.respond = accept
+            here.send({**here.request(1), "id": "gone", "image_url": here.images.url + "/gone"})
+            await page.until("document.getElementById('examples').textContent.includes('gone')", 60)
+            assert "image_not_found" in await page.text("#examples")
+            # and when it is killed, that it does not answer
+            await asyncio.to_thread(worker.kill)
+            await page.until("document.getElementById('state').textContent === 'no answer'", 30)
+            return page.complaints
+
+    complaints = asyncio.run(visit())
+    assert [each for each in complaints if "Security" in each or "Error:" in each] == []

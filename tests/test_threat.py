@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from cvworker.embedded import pictures
 from cvworker.errors import StartupError
-from cvworker.modules.classifier import read_spec
+from cvworker.modules.spec import read_spec
 from cvworker.modules.threat import Threat
 
-FRESH = 5_000_000  # first seed; tools/train_threat.py takes its pictures from 1, 2 and 3 million on
+FRESH = 5_000_000  # first seed; tools/train takes its pictures from 1, 2 and 3 million on
 DEMO = Threat.demo_weights
 assert DEMO is not None
 
@@ -153,7 +153,7 @@ def test_the_shipped_weights_are_small_and_say_how_they_were_made() -> None:
     metadata = read_spec(DEMO).metadata
     assert json.loads(metadata["accuracy"])["label_sets"] >= 0.95
     assert metadata["seed"]
-    assert "tools/train_threat.py" in metadata["command"]
+    assert metadata["command"].startswith("python tools/train threat ")
 
 
 def test_the_instance_of_a_dataloader_process_reads_no_tensors(tmp_path: Path) -> None:

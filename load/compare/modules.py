@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
-from load.compare.task import SIDE, Results, classify, make_model, mean, preprocess, resnet
+from load.compare.task import MEAN, SEED, SIDE, STD, Results, classify, make_model, mean, preprocess, resnet
 
 from cvworker import Module
 
@@ -61,3 +63,32 @@ class Small(FullSize):
 
     def process(self, batch: torch.Tensor) -> Results:
         return classify(self.model, batch)
+
+
+class Network(FullSize):
+    """A torchvision classifier with seeded weights, its name in ``LOAD_NETWORK``: what ``load.device`` measures.
+
+    One copy brings the results back, and nothing else waits for the device.
+    """
+
+    name = "compare"
+    min_side = SIDE
+
+    def setup(self, device: torch.device) -> None:
+        from torchvision.models import get_model
+
+        torch.manual_seed(SEED)
+        self.model = get_model(os.environ["LOAD_NETWORK"]).eval().to(device)
+        self._mean, self._std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
+
+    def process(self, batch: torch.Tensor) -> Results:
+        best = self.model((batch.float() - self._mean) / self._std).float().softmax(1).max(1)
+        rows = torch.stack([best.values, best.indices.float()], 1).tolist()
+        return [{"class": int(index), "score": score} for score, index in rows]
+
+
+class NetworkDecodingOnDevice(Network):
+    """The same, and the device decodes as well."""
+
+    name = "compare"
+    decode_on_device = True

@@ -30,10 +30,15 @@ COMMANDS = {
         "cvworker.commands.demo:Demo", "the whole job on this machine: embedded queue, 200 pictures, a contact sheet"
     ),
     "send": Command("cvworker.commands.send:Send", "enqueue requests from a file, stdin or an s3:// prefix"),
+    "bulk": Command("cvworker.commands.bulk:Bulk", "run a module over a manifest of stored images, on Ray Data"),
     "check": Command(
-        "cvworker.commands.check:Check", "try settings, queue and module with one example, touching no message"
+        "cvworker.commands.check:Check",
+        "try settings, queue and module: each hook's shapes, types and time; touches no message",
     ),
+    "new": Command("cvworker.commands.new:New", "write a package with a module, a test of it and a Dockerfile"),
+    "pack": Command("cvworker.commands.pack:Pack", "turn a checkpoint into a weights file that describes itself"),
     "dlq": Command("cvworker.commands.dlq:Dlq", "look at what failed; send it back to the queue"),
+    "top": Command("cvworker.commands.top:Top", "watch running workers in the terminal: what each does and lacks"),
     "modules": Command("cvworker.commands.modules:Modules", "list the modules that are installed"),
     "healthcheck": Command("cvworker.commands.healthcheck:Healthcheck", "ask a running worker whether it is alive"),
 }
@@ -48,6 +53,7 @@ Every option is also an environment variable (CVWORKER_ and its name) or a line 
 
 examples:
   cvworker demo
+  cvworker new my_module
   cvworker run --module threat --weights demo --queue-url https://sqs.eu-west-1.amazonaws.com/123456789012/images
   cvworker run --module my_package.models:Scene --weights s3://models/scene.safetensors --batch-size 16
   cvworker send requests.jsonl --queue-url ... --callback-url https://api.example.com/answers

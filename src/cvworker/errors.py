@@ -130,6 +130,11 @@ def _leaves(cls: type[JobError]) -> list[type[JobError]]:
 _BY_NAME = {cls.__name__: cls for cls in _leaves(JobError)}
 
 
+def error_codes() -> list[str]:
+    """Every ``error.code`` that an answer may have."""
+    return sorted({code for cls in _BY_NAME.values() if (code := getattr(cls, "code", None))})
+
+
 def crosses(error: JobError) -> bool:
     """Whether the error can be told by its name, which a module's own subclass cannot."""
     return _BY_NAME.get(type(error).__name__) is type(error)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cvworker.clock import Clock
     from cvworker.job import Job
     from cvworker.observe.metrics import Metrics
+    from cvworker.observe.spans import Traces
     from cvworker.queues import JobQueue
     from cvworker.sqs.custody import Custody
     from cvworker.steps.callback import CallbackSender
@@ -45,6 +46,7 @@ class Flow:
         self._log = structlog.get_logger(__name__).bind()  # bound once: a line for each message is written here
         self.info: WorkerInfo | None = None
         self.sender: CallbackSender | None = None
+        self.traces: Traces | None = None
 
     async def download(self, job: Job, fetcher: Fetcher, hosts: Hosts) -> None:
         """One job's download, on a download thread's event loop, when its host's turn comes."""
@@ -52,7 +54,7 @@ class Flow:
             self.settle(job, LOST)
             return
         if job.error is not None:
-            self._metrics.errors.labels(job.error.code).inc()
+            self._metrics.erred(job, job.error)
             await self._results_queue.aput(job)
             return
         url, sender = job.request.callback_url, self.sender
@@ -71,6 +73,8 @@ class Flow:
             took = time.perf_counter() - began
         job.timings_ms["download"] = took * 1000
         self._metrics.timed("download", took)
+        if self.traces is not None:
+            self.traces.downloaded(job, took, error)
         if error is None:
             await self._inference_queue.aput(job)
         elif self._to_be_answered(job, error):
@@ -126,6 +130,8 @@ class Flow:
             return
         self._custody.settle(job, outcome)
         timings = {name: round(value, 1) for name, value in job.timings_ms.items()}
+        if self.traces is not None:
+            why |= self.traces.end(job, outcome)
         if job.error is not None:
             why["code"] = job.error.code
         if outcome.delay:
@@ -147,12 +153,17 @@ class Flow:
             if self._default_callback in (None, url):
                 raise
             job.result, job.error = None, UrlNotAllowed(f"callback_url: {refused}")
-            self._metrics.errors.labels(job.error.code).inc()
+            self._metrics.erred(job, job.error)
             return await self._post_to(self._default_callback or "", job)
 
     async def _post_to(self, url: str, job: Job) -> int:
         assert self.sender is not None
-        sent = await self.sender.post(url, job.request.key, self._body(job), last=self._custody.last_attempt(job))
+        body, last = self._body(job), self._custody.last_attempt(job)
+        if self.traces is None:
+            return (await self.sender.post(url, job.request.key, body, last=last)).status
+        with self.traces.callback(job, url) as call:
+            sent = await self.sender.post(url, job.request.key, body, last=last, headers=call.headers)
+            call.status = sent.status
         return sent.status
 
     def _body(self, job: Job) -> bytes:
@@ -175,7 +186,7 @@ class Flow:
 
     def _to_be_answered(self, job: Job, error: JobError) -> bool:
         """Take note of an error; True if the client is to be told of it now."""
-        self._metrics.errors.labels(error.code).inc()
+        self._metrics.erred(job, error)
         job.error = without_frames(error)
         outcome = self._custody.verdict(job, error)
         if outcome is None:

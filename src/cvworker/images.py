@@ -108,7 +108,7 @@ def _decode(view: memoryview, min_side: int, max_pixels: int) -> tuple[Any, int]
         scale = next((n for n in (8, 4, 2) if 0 < min_side * n <= min(width, height)), 1)
         plain = components == 3 or (components == 1 and not icc)
         if plain and (pixels := _decode_plain_jpeg(view, width, height, scale, icc)) is not None:
-            return pixels, _orientation(exif)
+            return pixels, orientation_of(exif)
     elif check := {"PNG": _check_png, "GIF": _check_gif, "TIFF": _check_tiff}.get(name):
         check(view, max_pixels)
     # Pillow's own limit must not be the narrower one; None is none.
@@ -119,7 +119,7 @@ def _decode(view: memoryview, min_side: int, max_pixels: int) -> tuple[Any, int]
             image.draft(None, (image.width // scale, image.height // scale))
         image.load()
     # Pillow itself turns TIFFs. The EXIF of a PNG may come after its pixels, so it is asked for only now.
-    orientation = 1 if name == "TIFF" else _orientation(image.info.get("exif"))
+    orientation = 1 if name == "TIFF" else orientation_of(image.info.get("exif"))
     return _to_rgb(image, view[24] if name == "PNG" else 8), orientation
 
 
@@ -161,7 +161,7 @@ def _decode_plain_jpeg(view: memoryview, width: int, height: int, scale: int, ic
         if FOR_PILLOW.search(str(error)):
             return None
         raise
-    transform = _to_srgb(icc, "RGB")
+    transform = to_srgb(icc, "RGB")
     return ImageCms.applyTransform(Image.fromarray(pixels), transform) if transform else pixels
 
 
@@ -219,8 +219,8 @@ def _directory(tiff: bytes | memoryview) -> Iterator[tuple[int, int, int, int]]:
         yield tag, kind, count, struct.unpack_from(order + {1: "B", 3: "H"}.get(kind, "I"), value)[0]
 
 
-def _orientation(exif: Any) -> int:
-    """1 (upright) to 8; 1 where ``exif`` is absent or broken."""
+def orientation_of(exif: Any) -> int:
+    """What an EXIF block says: 1 (upright) to 8; 1 where ``exif`` is absent or broken."""
     try:
         value = next(value for tag, _, _, value in _directory(exif.removeprefix(b"Exif\0\0")) if tag == ORIENTATION)
     except Exception:
@@ -246,7 +246,7 @@ def _to_rgb(image: Image.Image, png_bits: int) -> Image.Image:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     elif image.mode not in ("L", "RGB", "RGBA", "CMYK"):
         image = image.convert("RGB")
-    if transform := _to_srgb(icc, image.mode):
+    if transform := to_srgb(icc, image.mode):
         image = ImageCms.applyTransform(image, transform, inPlace=image.mode in ("RGB", "RGBA")) or image
     if image.mode == "RGBA":
         white = Image.new("RGB", image.size, "white")
@@ -256,7 +256,7 @@ def _to_rgb(image: Image.Image, png_bits: int) -> Image.Image:
 
 
 @functools.lru_cache(maxsize=16)  # making one takes milliseconds, and most images come with one of a few profiles
-def _to_srgb(icc: Any, mode: str) -> ImageCms.ImageCmsTransform | None:
+def to_srgb(icc: Any, mode: str) -> ImageCms.ImageCmsTransform | None:
     """What turns colours of this profile into sRGB, or None where nothing should: none, broken, as good as sRGB."""
     if not isinstance(icc, bytes) or len(icc) > MAX_ICC_BYTES:
         return None
@@ -286,6 +286,10 @@ def _upright(pixels: Any, orientation: int, image_type: str) -> torch.Tensor | I
         pixels = np.empty((image.height, image.width, 3), np.uint8)
         for y in range(0, image.height, rows):
             pixels[y : y + rows] = image.crop((0, y, image.width, min(y + rows, image.height)))
-    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
-    tensor = tensor.transpose(1, 2) if orientation >= 5 else tensor
-    return tensor.flip(FLIPS[orientation]) if orientation in FLIPS else tensor
+    return turned(torch.from_numpy(pixels).permute(2, 0, 1), orientation)
+
+
+def turned(image: torch.Tensor, orientation: int) -> torch.Tensor:
+    """An image ``[3, H, W]``, on any device, turned as the EXIF orientation (1 to 8) says."""
+    image = image.transpose(1, 2) if orientation >= 5 else image
+    return image.flip(FLIPS[orientation]) if orientation in FLIPS else image

@@ -32,6 +32,8 @@ class Job:
     """Model processes that ended while this image was in ``process``."""
 
     ended: bool = False
+    trace: Any = None
+    """Its span, where there are traces."""
 
     @property
     def alone(self) -> bool:

@@ -94,6 +94,8 @@ def _check(cls: object, place: str, name: str) -> type[Module]:
         )
     if cls.image_type not in ("tensor", "pil"):
         raise StartupError(f"module: {place}:{name} has image_type {cls.image_type!r}; it must be 'tensor' or 'pil'")
+    if cls.decode_on_device and cls.image_type != "tensor":
+        raise StartupError(f"module: {place}:{name} has decode_on_device, which needs the image_type 'tensor'")
     return cls
 
 

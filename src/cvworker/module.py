@@ -33,6 +33,15 @@ class Module(ABC):
     ``None`` gives every image at its original size.
     """
 
+    decode_on_device: ClassVar[bool] = False
+    """Whether baseline JPEGs go to a CUDA device as bytes and are decoded there, a batch at a time, by nvJPEG.
+
+    ``preprocess`` then runs in the model process for those, with an image on the device and at its original size
+    (``min_side`` does nothing); all other pictures are decoded on the CPU as ever, so it has to work with an image on
+    either and needs nothing that ``setup`` made. ``collate`` gets samples that are on the device. Nothing changes where
+    ``device`` is the CPU. Needs the ``image_type`` ``"tensor"``.
+    """
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if not cls.name:
@@ -46,7 +55,7 @@ class Module(ABC):
 
     @abstractmethod
     def preprocess(self, image: Any) -> Any:
-        """Turn one upright RGB image into one sample, on the CPU, in a DataLoader process.
+        """Turn one upright RGB image into one sample, on the CPU, in a DataLoader process (see ``decode_on_device``).
 
         The sample is a tensor, or a tree (dict, list, tuple) of tensors and numbers. Whatever is raised here is
         answered as ``preprocess_failed`` for this image only.

@@ -66,9 +66,9 @@ def read_requests(
     """
     given = dict(template or {})
     if source is None or source == "-":
-        return _complete(_lines(stdin or sys.stdin, "stdin"), given)
+        return _complete(read_lines(stdin or sys.stdin, "stdin"), given)
     if source.startswith("s3://"):
-        return _complete(_listing(source, s3, every_key), given)
+        return _complete(list_images(source, s3, every_key), given)
     if source.startswith(("http://", "https://")):
         return _complete(iter([Request({"image_url": source}, source)]), given)
     path = Path(source)
@@ -78,7 +78,7 @@ def read_requests(
 
 
 def _file(path: Path) -> Iterator[Request]:
-    read, newline = (_rows, "") if path.suffix.lower() == ".csv" else (_lines, None)
+    read, newline = (read_csv, "") if path.suffix.lower() == ".csv" else (read_lines, None)
     try:
         with path.open(encoding="utf-8-sig", newline=newline) as file:  # sig: spreadsheets write a byte order mark
             yield from read(file, str(path))
@@ -86,7 +86,8 @@ def _file(path: Path) -> Iterator[Request]:
         raise StartupError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _lines(lines: Iterable[str], name: str) -> Iterator[Request]:
+def read_lines(lines: Iterable[str], name: str) -> Iterator[Request]:
+    """A request for each line that is not empty: a JSON object, or the URL of an image. Raises StartupError."""
     try:
         for number, line in enumerate(lines, 1):
             if text := line.strip():
@@ -108,7 +109,8 @@ def _object(text: str, where: str) -> dict[str, Any]:
     return values
 
 
-def _rows(lines: Iterable[str], name: str) -> Iterator[Request]:
+def read_csv(lines: Iterable[str], name: str) -> Iterator[Request]:
+    """A request for each row of a CSV with a header; an empty cell is absent. Raises StartupError."""
     rows = csv.DictReader(lines, restkey="", restval="", strict=True)
     try:
         for column in rows.fieldnames or ():
@@ -129,7 +131,8 @@ def _rows(lines: Iterable[str], name: str) -> Iterator[Request]:
         _refuse(f"{name}, line {rows.line_num + 1}", f"not CSV in UTF-8: {error}")
 
 
-def _listing(source: str, s3: S3Client | None, every_key: bool) -> Iterator[Request]:
+def list_images(source: str, s3: S3Client | None = None, every_key: bool = False) -> Iterator[Request]:
+    """A request for each image below ``s3://bucket/prefix``, in the order of the keys. Raises StartupError."""
     bucket, _, prefix = source.removeprefix("s3://").partition("/")
     try:
         pages = (

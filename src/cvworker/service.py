@@ -15,14 +15,18 @@ from cvworker import __version__, heap
 from cvworker.clock import Clock
 from cvworker.errors import StartupError, WorkerFailed
 from cvworker.net import GuardedSession
+from cvworker.observe.emf import Emf
 from cvworker.observe.health import Health
 from cvworker.observe.http import Endpoints
 from cvworker.observe.metrics import Metrics
+from cvworker.observe.verdict import Judge
 from cvworker.settings import Settings
 from cvworker.surroundings import Surroundings
 from cvworker.worker import USER_AGENT, Worker
 
 TICK_S = 1.0
+TRACES_SHARE = 0.1
+"""Of the grace, for sending the last traces: after everything else has been done."""
 
 log = structlog.get_logger(__name__)
 
@@ -35,6 +39,7 @@ class Service:
         self.clock = clock or Clock()
         self.metrics = Metrics()
         self.health = Health()
+        self.judge = Judge()
         self.state = "starting"
         self.port = 0
         self.worker: Worker | None = None
@@ -60,6 +65,8 @@ class Service:
                         await self._serve(worker, session)
             finally:
                 worker.inference.kill()
+                if worker.traces is not None:
+                    await asyncio.to_thread(worker.traces.close, TRACES_SHARE * self.settings.shutdown_grace)
         if worker.failure is not None:
             log.critical("failed", error=str(worker.failure))
         return 1 if worker.failure else 0
@@ -77,11 +84,15 @@ class Service:
         surroundings = Surroundings(
             lambda: len(worker.leases), self._interrupted, self.clock, max_lease=self.settings.max_lease
         )
-        around = asyncio.create_task(surroundings.run())
+        around = [asyncio.create_task(surroundings.run())]
+        if (namespace := self.settings.cloudwatch_namespace) is not None:
+            around.append(asyncio.create_task(Emf(namespace, self.status, self.clock).run()))
         try:
             yield
         finally:
-            around.cancel()
+            for task in around:
+                task.cancel()
+            await asyncio.wait(around)
             await endpoints.stop()
 
     async def _serve(self, worker: Worker, session: GuardedSession) -> None:
@@ -117,6 +128,8 @@ class Service:
             worker.tuner.look(done=worker.done - done, seconds=now - looked_at, downloading=worker.downloads_wanted())
             looked_at, done = now, worker.done
             self.metrics.busy.look(self._capacity(worker))
+            self.judge.look(queues(worker))
+            self.metrics.look(worker.leases.oldest_age(self.clock.wall()))
             worker.failure = worker.failure or worker.inference.failure
             if dead := self.health.dead_threads():
                 worker.failure = worker.failure or WorkerFailed("; ".join(dead))
@@ -178,6 +191,11 @@ class Service:
     def metrics_text(self) -> bytes:
         worker, metrics = self.worker, self.metrics
         if worker is not None:
+            metrics.pipelines.set(self.state == "running")
+            metrics.backlog.clear()  # what is not known is not there
+            for state, count in worker.backlog.counts.items():
+                if count is not None:
+                    metrics.backlog.labels(state).set(count)
             metrics.inflight.set(len(worker.leases))
             for queue in worker.queues:
                 metrics.queue_depth.labels(queue.name).set(len(queue))
@@ -191,7 +209,7 @@ class Service:
         worker, metrics = self.worker, self.metrics
         assert worker is not None
         ready = worker.inference.ready
-        return {
+        status = {
             "version": __version__,
             "state": self.state,
             "uptime_s": round(self.clock.monotonic() - self._born, 1),
@@ -211,9 +229,10 @@ class Service:
                 "pid": worker.inference.pid,
                 "preprocess_workers": worker.inference.workers,
             },
+            "backlog": dict(worker.backlog.counts),
             "held": len(worker.leases),
             "image_bytes": worker.arena.used,
-            "queues": {queue.name: {"depth": len(queue), "limit": queue.limit} for queue in worker.queues},
+            "queues": queues(worker),
             "in_hand": {
                 "download": worker.downloads(),
                 "model": len(worker.inference),
@@ -227,5 +246,19 @@ class Service:
             "messages": metrics.totals(metrics.messages),
             "errors": metrics.totals(metrics.errors),
             "callbacks": metrics.totals(metrics.callbacks),
+            "done": metrics.done(),
+            "leases": {
+                "extended": metrics.total(metrics.extensions),
+                "lost": metrics.total(metrics.leases_lost),
+                "oldest_s": round(metrics.oldest_age(), 1),
+            },
+            "history": metrics.history.shown(),
+            "examples": list(metrics.examples),
             "settings": self.settings.shown(),
         }
+        return status | {"verdict": self.judge.verdict(status).json()}
+
+
+def queues(worker: Worker) -> dict[str, dict[str, int]]:
+    """How full each queue is."""
+    return {queue.name: {"depth": len(queue), "limit": queue.limit} for queue in worker.queues}

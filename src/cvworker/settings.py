@@ -48,6 +48,13 @@ def _proxy(url: SecretStr) -> SecretStr:
     return url
 
 
+def _namespace(name: str) -> str:
+    """As CloudWatch takes it."""
+    if not re.fullmatch(r"[A-Za-z0-9._/#:-]{1,255}", name) or name.startswith((":", "AWS/")):
+        raise ValueError("takes letters, digits and . _ / # : - only, 255 at most, and neither AWS/ nor : in front")
+    return name
+
+
 def setting(group: str, default: Any, description: str, unit: str = "", **constraints: Any) -> Any:
     """A field with the group and the unit that the reference in ``docs/`` shows."""
     text = f"{description} [{unit}]" if unit else description
@@ -60,6 +67,7 @@ TextList = Annotated[list[str], NoDecode, BeforeValidator(_split)]
 SecretList = Annotated[list[SecretStr], NoDecode, BeforeValidator(_split)]
 PortList = Annotated[list[str], NoDecode, BeforeValidator(_split), AfterValidator(_ports)]
 ProxyUrl = Annotated[SecretStr, AfterValidator(_proxy)]
+Namespace = Annotated[str, AfterValidator(_namespace)]
 
 
 def _secrets_dir() -> Path | None:
@@ -194,6 +202,11 @@ class Settings(CommandLine):
         "Endpoints", "auto", "auto is json where stdout is no terminal"
     )
     log_level: Literal["debug", "info", "warning", "error"] = setting("Endpoints", "info", "Least severity logged")
+    cloudwatch_namespace: Namespace | None = setting(
+        "Endpoints",
+        None,
+        "Write a line of metrics a minute among the logs, from which CloudWatch Logs makes metrics of this namespace",
+    )
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

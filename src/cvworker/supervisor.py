@@ -19,7 +19,9 @@ from cvworker.clock import Clock
 from cvworker.errors import StartupError, WorkerFailed
 from cvworker.keeper import Keeper
 from cvworker.observe import merged_metrics, merged_status
+from cvworker.observe.emf import Emf
 from cvworker.observe.http import Endpoints
+from cvworker.observe.verdict import Judge
 from cvworker.settings import Settings, how_to_set
 from cvworker.surroundings import Surroundings
 from cvworker.tuning import preprocess_workers
@@ -44,6 +46,7 @@ class Supervisor:
         self._running: list[asyncio.Task[None]] = []
         self._born = self.clock.monotonic()
         self._stop_asked = asyncio.Event()
+        self.judge = Judge()
 
     async def run(self) -> int:
         """The exit code: 0 stopped as asked or idle, 1 failed.
@@ -67,6 +70,8 @@ class Supervisor:
         log.info("starting", version=__version__, module=s.module, processes=s.processes, url=url)
         surroundings = Surroundings(self._held, self._interrupted, self.clock, max_lease=s.max_lease)
         around = [asyncio.create_task(each) for each in (surroundings.run(), self._keep_looking())]
+        if s.cloudwatch_namespace is not None:
+            around.append(asyncio.create_task(Emf(s.cloudwatch_namespace, self.status, self.clock).run()))
         failure: WorkerFailed | None = None
         try:
             await self._until_over()
@@ -77,6 +82,7 @@ class Supervisor:
             in_time = await self._stop()
             for task in around:
                 task.cancel()
+            await asyncio.wait(around)
             await endpoints.stop()
         return 0 if failure is None and in_time else 1
 
@@ -144,6 +150,9 @@ class Supervisor:
 
     async def _look(self) -> None:
         await asyncio.gather(*(keeper.look() for keeper in self.keepers))
+        self.judge.look(
+            merged_status.merge([status for keeper in self.keepers for status in keeper.statuses()])["queues"]
+        )
 
     def _held(self) -> int:
         return sum(status["held"] for keeper in self.keepers if (status := keeper.status))
@@ -191,14 +200,8 @@ class Supervisor:
             {"pid": keeper.link.pid if keeper.link else None, **(keeper.status or {"state": "not running"})}
             for keeper in self.keepers
         ]
-        return (
-            own
-            | {name: value for name, value in merged.items() if name not in own}
-            | {
-                "settings": settings,
-                "processes": processes,
-            }
-        )
+        told = own | {name: value for name, value in merged.items() if name not in own} | {"settings": settings}
+        return told | {"verdict": self.judge.verdict(told).json(), "processes": processes}
 
 
 def shared_out(settings: Settings, cores: int) -> Settings:

@@ -22,6 +22,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from cvworker.errors import JobError, StartupError, UrlNotAllowed
 from cvworker.loading import DEMO
 from cvworker.messages import is_s3_url, split_s3_url
+from cvworker.modules.metadata import PROGRAM
 from cvworker.net import AddressGuard, GuardedSession, HttpFailed, NameUnknown, Response, TlsFailed, display_url
 from cvworker.settings import how_to_set
 
@@ -60,6 +61,11 @@ def local(weights: str | None, guard: AddressGuard) -> str | None:
     if weights is None or weights == DEMO:
         return weights
     place, digest = _place_and_digest(weights)
+    if digest is None and place.endswith(PROGRAM):
+        raise StartupError(
+            f"weights: an exported program can run code when loaded: say which file you trust, {display_url(place)}"
+            "#sha256=… (sha256sum prints it)"
+        )
     if _is_remote(place):
         return str(_fetch(place, digest, guard))
     try:

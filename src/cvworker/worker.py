@@ -19,10 +19,12 @@ from cvworker.loading import check_spec
 from cvworker.model.config import ModelConfig
 from cvworker.net import AddressGuard, GuardedSession
 from cvworker.observe.metrics import Metrics
+from cvworker.observe.traces import open_traces
 from cvworker.queues import JobQueue
 from cvworker.settings import Settings, how_to_set
 from cvworker.signing import Signer
 from cvworker.sqs.acks import Acks
+from cvworker.sqs.backlog import Backlog
 from cvworker.sqs.custody import Custody
 from cvworker.sqs.heartbeat import Heartbeat
 from cvworker.sqs.leases import LeaseTable
@@ -72,6 +74,8 @@ class Worker:
         self._signer = signer_of(s, self.guard)
         self.queue = Queue.open(s.queue_url or "", receive_threads=s.receive_threads, wait_s=long_poll(s))
         self.queue.called = metrics.sqs_called
+        self.backlog = Backlog(self.queue)
+        self.traces = open_traces(self.queue, os.environ)
         visibility = _visibility(s, self.queue)
         local_weights = weights.local(s.weights, self.guard)
 
@@ -88,6 +92,7 @@ class Worker:
         )
         self.heartbeat = Heartbeat(self.queue, self.leases, clock, metrics.lease_event)
         self.acks = Acks(self.queue, clock, self._ended, self.leases.visibility_calls)
+        self.acks.traces = self.traces
         self.custody = Custody(
             self.leases,
             clock,
@@ -107,6 +112,7 @@ class Worker:
             clock=clock,
             default_callback=s.callback_url,
         )
+        self.flow.traces = self.traces
         self.receiver = Receiver(
             self.queue,
             self.download_queue,
@@ -128,7 +134,10 @@ class Worker:
             failed=self.flow.failed,
             dropped=self.flow.dropped,
             batch_done=metrics.batch_done,
+            brought_back=metrics.restarts.inc,
         )
+        self.inference.traced = self.traces.batch if self.traces else None
+        metrics.watch_model_process(lambda: self.inference.pid)
         self.answering = JobPool(
             self.results_queue,
             self.flow.answer,
@@ -162,6 +171,7 @@ class Worker:
         )
         self.heartbeat.start()
         self.acks.start()
+        self.backlog.start()
         answering = asyncio.create_task(self.answering.run())
         self.downloaders.start()
         self.receiver.start()
@@ -179,6 +189,7 @@ class Worker:
             return max(0.0, began + grace * share - self.clock.monotonic())
 
         self.stopping = True
+        self.backlog.stop()
         self.receiver.stop()  # polls under way return what they find, and _admit gives it back
         self._release(self.download_queue.drain())
         self.download_queue.close()
@@ -260,6 +271,8 @@ class Worker:
         """A message just received: its jobs to begin, or none while stopping, when it goes back at once."""
         jobs = self.custody.admit(message)
         self.metrics.admitted(message, self.clock.wall())
+        if self.traces is not None:
+            self.traces.begin(message, jobs)
         if self.stopping:
             self._release(jobs)
             return []

@@ -26,6 +26,7 @@ from cvworker.embedded.image_host import ImageHost
 from cvworker.embedded.receiver import CallbackReceiver
 from cvworker.embedded.sheet import Summary, Tally, thumbnail, write_sheet
 from cvworker.embedded.sqs import DEAD_LETTER_SUFFIX, EmbeddedSqs
+from cvworker.embedded.subjects import SUBJECTS, THREATS
 from cvworker.errors import StartupError, WorkerFailed
 from cvworker.loading import check_spec
 from cvworker.send import read_requests, send
@@ -34,15 +35,11 @@ from cvworker.signing import Signer
 if TYPE_CHECKING:
     from cvworker.commands.demo import Demo
 
-KNOWN = "threat"
-"""The module whose classes are what the pictures show."""
 QUEUE = "images"
 LOOK_S = 0.1
 """Between two looks at what has changed."""
 SETTLE_S = 15.0
 """For the queue to be empty after the last answer."""
-COUNTS = ("", "NotVisible", "Delayed")
-"""Of ``ApproximateNumberOfMessages…``: together every message of a queue."""
 FOR_SEND = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 
@@ -92,6 +89,7 @@ class _Run:
 
     def __init__(self, demo: Demo, folder: Path, interrupts: Interrupts, stack: ExitStack) -> None:
         self.demo, self.folder, self.interrupts, self.stack = demo, folder, interrupts, stack
+        self.subject = SUBJECTS.get(demo.module or "")  # None where nobody knows what the module should answer
         self.secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
         self.log = folder / "worker.log"
         self.sqs = EmbeddedSqs()
@@ -127,7 +125,8 @@ class _Run:
         """Draw the pictures while the queue and then the worker start."""
         flawed = flaws(self.demo.seed, self.demo.count)
         opening = self.pool.submit(self._open_queue)
-        drawing = [self.pool.submit(exhibit, self.demo.seed, n, flawed.get(n)) for n in range(self.demo.count)]
+        seed, subject = self.demo.seed, self.subject or THREATS
+        drawing = [self.pool.submit(exhibit, seed, n, flawed.get(n), subject) for n in range(self.demo.count)]
 
         def drawn() -> bool:
             self.stand.drawn = sum(each.done() for each in drawing)
@@ -204,27 +203,21 @@ class _Run:
             self.failures.append(f"{left} messages are left in the queue or its dead-letter queue")
 
     def _left_in(self, queue_url: str) -> int:
-        names: Any = [f"ApproximateNumberOfMessages{which}" for which in COUNTS]
-        counts = (
-            self.sqs.client().get_queue_attributes(QueueUrl=url, AttributeNames=names)["Attributes"].values()
-            for url in (queue_url, queue_url + DEAD_LETTER_SUFFIX)
-        )
-        return sum(int(count) for each in counts for count in each)
+        return self.sqs.count(queue_url) + self.sqs.count(queue_url + DEAD_LETTER_SUFFIX)
 
     def _report(self, exhibits: Sequence[Exhibit], seconds: float) -> None:
         """Judge the answers, write the contact sheet and print the table."""
         accepted, answers = self.receiver.accepted, self.receiver.answers
         (self.folder / "answers.jsonl").write_bytes(b"".join(each.body + b"\n" for each in accepted))
         self.failures += problems(exhibits, accepted, Signer([self.secret]))
-        known = self.demo.module == KNOWN
         small = self.pool.map(lambda each: thumbnail(each.body) if each.body else None, exhibits)
-        tiles = [tile(e, image, answers.get(e.name), known=known) for e, image in zip(exhibits, small, strict=True)]
+        tiles = [tile(e, image, answers.get(e.name), self.subject) for e, image in zip(exhibits, small, strict=True)]
         expected = Counter(FLAWS[each.flaw] for each in exhibits if each.flaw)
         notes = [f"{expected.total()} of the pictures are damaged, missing or no pictures, on purpose.", *self.failures]
         summary = Summary("cvworker demo", self.stand.ready, seconds, notes=notes)
         sheet = write_sheet(self.folder / "contact-sheet.html", summary, tiles)
         self.interrupts.check()
-        rows = list(label_rows(exhibits, answers)) if known else []
+        rows = list(label_rows(exhibits, answers, self.subject)) if self.subject else []
         self.console.print(report(Tally.of(tiles), rows, expected, seconds, self.console.width))
         for failure in self.failures:
             self._say(f"[red]✗[/] {escape(failure)}")

@@ -57,7 +57,7 @@ class DemoWorker:
     told to stop twice does not stop in order.
     """
 
-    def __init__(self, environment: Mapping[str, str], *, log: Path, url: str) -> None:
+    def __init__(self, environment: Mapping[str, str], *, log: Path, url: str, cwd: Path | None = None) -> None:
         self.url = url
         self._log = log
         self._asked = False
@@ -70,11 +70,17 @@ class DemoWorker:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 process_group=0,
+                cwd=cwd,
             )
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
 
     def check(self) -> None:
         """Raises :class:`StartupError` or :class:`WorkerFailed`, with what it said last, once it has ended."""
-        code = self._process.poll()
+        code = self.exit_code
         if code is None:
             return
         said = (self._log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
@@ -98,16 +104,13 @@ class DemoWorker:
             self._asked = True
             self._process.terminate()
 
-    def close(self) -> None:
-        """End it: in order if that is quick, else by force. Harmless where it has ended."""
-        for end, seconds in (
-            (self.ask_to_stop, STOP_S),
-            (self._process.terminate, STOP_NOW_S),
-            (self._process.kill, None),
-        ):
+    def close(self, stop_s: float = STOP_S) -> int:
+        """End it, in order within ``stop_s`` seconds, else by force; its exit code. Harmless where it has ended."""
+        for end, seconds in ((self.ask_to_stop, stop_s), (self._process.terminate, STOP_NOW_S)):
             end()
             try:
-                self._process.wait(seconds)
-                return
+                return self._process.wait(seconds)
             except subprocess.TimeoutExpired:
                 pass
+        self._process.kill()
+        return self._process.wait()

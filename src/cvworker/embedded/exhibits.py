@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cvworker.embedded import pictures
+from cvworker.embedded.pictures import Object
 from cvworker.embedded.receiver import Received
 from cvworker.embedded.sheet import Tile
+from cvworker.embedded.subjects import THREATS, Subject
 from cvworker.errors import ImageInvalid, ImageNotFound, ImageUnsupported
 from cvworker.signing import Signer
 
@@ -44,6 +45,7 @@ class Exhibit:
     """One picture as the image host serves it, and what is known of it.
 
     ``body`` is None where the host has no such picture; ``flaw``, a key of ``FLAWS``, is None where nothing is wrong.
+    ``labels`` are its subject's; ``objects`` are in pixels of the upright picture.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Exhibit:
     content_type: str
     labels: tuple[str, ...]
     flaw: str | None
+    objects: tuple[Object, ...] = ()
 
 
 def flaws(seed: int, count: int) -> dict[int, str]:
@@ -63,14 +66,14 @@ def flaws(seed: int, count: int) -> dict[int, str]:
     return dict(zip(numbers.tolist(), kinds, strict=True))
 
 
-def exhibit(seed: int, number: int, flaw: str | None) -> Exhibit:
+def exhibit(seed: int, number: int, flaw: str | None, subject: Subject = THREATS) -> Exhibit:
     """Draw picture ``number`` of the demo ``seed``, and encode it as one of several formats, some turned."""
     if flaw == "missing":
         return Exhibit(f"{number:04}.jpg", None, "", (), flaw)
     if flaw == "not a picture":
         return Exhibit(f"{number:04}.jpg", b"Text, whatever its name says.\n" * 40, "image/jpeg", (), flaw)
     rng = np.random.default_rng([seed, number])
-    drawn = pictures.draw(seed * SEEDS_APART + number, SIZES[rng.integers(len(SIZES))])
+    drawn = subject.draw(seed * SEEDS_APART + number, SIZES[rng.integers(len(SIZES))])
     suffix = "jpg" if flaw else str(rng.choice(OFTEN_JPEG))
     kind, content_type, options = FORMATS[suffix]
     image, exif, file = drawn.image, Image.Exif(), io.BytesIO()
@@ -81,7 +84,7 @@ def exhibit(seed: int, number: int, flaw: str | None) -> Exhibit:
     body = file.getvalue()
     if flaw == "truncated":
         body = body[: len(body) * 6 // 10]
-    return Exhibit(f"{number:04}.{suffix}", body, content_type, tuple(sorted(drawn.labels)), flaw)
+    return Exhibit(f"{number:04}.{suffix}", body, content_type, subject.expected(drawn), flaw, drawn.objects)
 
 
 def genuine(received: Received, signer: Signer) -> bool:
@@ -93,24 +96,27 @@ def genuine(received: Received, signer: Signer) -> bool:
     return hmac.compare_digest(expected.encode(), signature.encode())
 
 
-def found_in(answer: Mapping[str, Any] | None) -> frozenset[str] | None:
-    """The labels in an answer of the threat classifier; None where it is none, or an error."""
+def found_in(answer: Mapping[str, Any] | None, subject: Subject = THREATS) -> frozenset[str] | None:
+    """The labels in an answer; None where there is none, or an error."""
     if answer is None or answer["status"] != "ok":
         return None
-    return frozenset(entry["label"] for entry in answer["result"]["labels"])
+    return subject.found(answer["result"])
 
 
 def error_in(answer: Mapping[str, Any]) -> str | None:
     return None if answer["status"] == "ok" else str(answer["error"]["code"])
 
 
-def tile(shown: Exhibit, thumbnail: bytes | None, answer: Mapping[str, Any] | None, *, known: bool) -> Tile:
-    """The picture as the contact sheet shows it; where the content is not ``known``, nothing is right or wrong."""
+def tile(shown: Exhibit, thumbnail: bytes | None, answer: Mapping[str, Any] | None, subject: Subject | None) -> Tile:
+    """The picture as the contact sheet shows it; without a subject nothing is right or wrong."""
     if shown.flaw:
         right = None if answer is None else error_in(answer) == FLAWS[shown.flaw]
-        return Tile(shown.name, thumbnail, [f"{shown.flaw} on purpose"], answer, right if known else None)
-    found = found_in(answer) if known else None
-    return Tile(shown.name, thumbnail, shown.labels, answer, None if found is None else found == set(shown.labels))
+        return Tile(shown.name, thumbnail, [f"{shown.flaw} on purpose"], answer, right if subject else None)
+    found = found_in(answer, subject) if subject else None
+    if answer is None or subject is None or found is None:
+        return Tile(shown.name, thumbnail, shown.labels, answer, None)
+    right = found == set(shown.labels) and subject.fits(shown.objects, answer["result"])
+    return Tile(shown.name, thumbnail, shown.labels, answer, right)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +130,15 @@ class LabelRow:
     missed: int
 
 
-def label_rows(exhibits: Sequence[Exhibit], answers: Mapping[str, Mapping[str, Any]]) -> Iterator[LabelRow]:
-    """One row for each threat, and one for pictures without any; what was answered with an error is left out."""
-    pairs = [(set(each.labels), found_in(answers.get(each.name))) for each in exhibits if not each.flaw]
-    sets = [(known or {"safe"}, found or {"safe"}) for known, found in pairs if found is not None]
-    for label in [*pictures.THREATS, "safe"]:
+def label_rows(
+    exhibits: Sequence[Exhibit], answers: Mapping[str, Mapping[str, Any]], subject: Subject = THREATS
+) -> Iterator[LabelRow]:
+    """One row for each label, and one for pictures without any; what was answered with an error is left out."""
+    pairs = [(set(each.labels), found_in(answers.get(each.name), subject)) for each in exhibits if not each.flaw]
+    none = {subject.nothing}
+    sets = [(known or none, found or none) for known, found in pairs if found is not None]
+    never = none if not any(none & (known | found) for known, found in sets) else set()
+    for label in [each for each in (*subject.labels, subject.nothing) if each not in never]:
         right = sum(label in known and label in found for known, found in sets)
         wrong = sum(label not in known and label in found for known, found in sets)
         missed = sum(label in known and label not in found for known, found in sets)

@@ -37,7 +37,7 @@ class Object:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An RGB image and what is in it: every object with its box, and in ``labels`` the threats among them."""
+    """An RGB image and what it shows: its labels (here the threats; a scene's kind), and every object with its box."""
 
     image: Image.Image
     labels: frozenset[str]
@@ -78,14 +78,16 @@ def _background(rng: np.random.Generator, width: int, height: int) -> Image.Imag
         mix = np.asarray(rough.resize((width, height), Image.Resampling.BICUBIC))
     else:  # an even slope of light
         mix = (u - u.min()) / (u.max() - u.min())
-    first = _color(rng, None, rng.uniform(0.05, 0.7), rng.uniform(0.2, 0.95))
-    second = _shade(first, rng.uniform(0.6, 2.0)) if rng.random() < 0.7 else _color(rng, None, 0.4)
+    first = color_near(rng, None, rng.uniform(0.05, 0.7), rng.uniform(0.2, 0.95))
+    second = shade(first, rng.uniform(0.6, 2.0)) if rng.random() < 0.7 else color_near(rng, None, 0.4)
     pixels = np.add(first, mix[..., None] * np.subtract(second, first), dtype=np.float32)
     pixels += np.float32(rng.uniform(0.5, 7)) * rng.standard_normal((height, width, 1), dtype=np.float32)
     image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
     for _ in range(rng.integers(0, 5)):
         pen = _Pen(min(width, height) * rng.uniform(0.2, 0.7), np.diag(rng.uniform(0.3, 1, 2)))
-        (pen.area if rng.random() < 0.5 else pen.smooth)(rng.uniform(0, 100, (3, 2)).tolist(), _color(rng, None, 0.5))
+        (pen.area if rng.random() < 0.5 else pen.smooth)(
+            rng.uniform(0, 100, (3, 2)).tolist(), color_near(rng, None, 0.5)
+        )
         shape = pen.image.reduce(2)
         at = int(rng.uniform(-0.2, 0.9) * width), int(rng.uniform(-0.2, 0.9) * height)
         image.paste(shape, at, shape.getchannel("A").point(lambda level: level * 2 // 5))
@@ -165,7 +167,7 @@ class _Pen:
             self._draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill)
 
 
-def _color(rng: np.random.Generator, hue: float | None, saturation: float = 0.75, value: float = 0.85) -> Color:
+def color_near(rng: np.random.Generator, hue: float | None, saturation: float = 0.75, value: float = 0.85) -> Color:
     """A colour near the given one; of any hue where ``hue`` is None."""
     h = rng.random() if hue is None else hue + rng.uniform(-0.03, 0.03)
     s, v = np.clip(np.array([saturation, value]) + rng.uniform(-0.12, 0.12, 2), 0, 1)
@@ -173,81 +175,81 @@ def _color(rng: np.random.Generator, hue: float | None, saturation: float = 0.75
     return red, green, blue
 
 
-def _shade(color: Color, factor: float) -> Color:
+def shade(color: Color, factor: float) -> Color:
     """Darker below 1, lighter above."""
     red, green, blue = (round(255 - (255 - part * min(factor, 1)) / max(factor, 1)) for part in color)
     return red, green, blue
 
 
 def _gun(pen: _Pen, rng: np.random.Generator) -> None:
-    metal = _color(rng, 0.6, 0.1, rng.choice([0.2, 0.35, 0.7]))
-    grip = _shade(metal, 0.6) if rng.random() < 0.5 else _color(rng, 0.07, 0.6, 0.35)
-    pen.line([(36, 46), (37, 60), (44, 64), (56, 62), (60, 46)], 4, _shade(metal, 0.7))  # trigger guard
-    pen.line([(47, 46), (48, 53), (45, 58)], 3.5, _shade(metal, 1.3))
+    metal = color_near(rng, 0.6, 0.1, rng.choice([0.2, 0.35, 0.7]))
+    grip = shade(metal, 0.6) if rng.random() < 0.5 else color_near(rng, 0.07, 0.6, 0.35)
+    pen.line([(36, 46), (37, 60), (44, 64), (56, 62), (60, 46)], 4, shade(metal, 0.7))  # trigger guard
+    pen.line([(47, 46), (48, 53), (45, 58)], 3.5, shade(metal, 1.3))
     pen.smooth([(10, 40), (40, 42), (36, 58), (31, 90), (20, 94), (5, 90), (9, 70), (13, 56)], grip)
-    pen.area([(8, 38), (88, 38), (88, 46), (62, 49), (12, 48)], _shade(metal, 0.75))
+    pen.area([(8, 38), (88, 38), (88, 46), (62, 49), (12, 48)], shade(metal, 0.75))
     pen.area([(5, 24), (8, 20), (86, 20), (89, 15), (93, 20), (96, 24), (96, 39), (5, 39)], metal)
-    pen.area([(6, 23), (9, 15), (15, 20), (94, 20), (96, 24)], _shade(metal, 1.5))
+    pen.area([(6, 23), (9, 15), (15, 20), (94, 20), (96, 24)], shade(metal, 1.5))
     for x in (*range(12, 30, 4), 50, 54, 58):
-        pen.line([(x, 27), (x, 35)], 2, _shade(metal, 0.55))
+        pen.line([(x, 27), (x, 35)], 2, shade(metal, 0.55))
 
 
 def _hair_dryer(pen: _Pen, rng: np.random.Generator) -> None:
-    body = _color(rng, None, rng.choice([0.12, 0.6]), rng.choice([0.35, 0.85]))
+    body = color_near(rng, None, rng.choice([0.12, 0.6]), rng.choice([0.35, 0.85]))
     pen.line([(28, 86), (24, 95), (12, 96), (6, 88)], 3, (40, 40, 44))  # the cable
-    pen.smooth([(22, 50), (44, 50), (38, 72), (36, 90), (22, 90), (20, 70)], _shade(body, 0.8))
+    pen.smooth([(22, 50), (44, 50), (38, 72), (36, 90), (22, 90), (20, 70)], shade(body, 0.8))
     pen.smooth([(30, 12), (60, 20), (84, 22), (84, 50), (60, 54), (32, 62), (10, 54), (4, 37), (11, 19)], body)
-    pen.area([(82, 23), (96, 17), (96, 56), (82, 50)], _shade(body, 0.5))
+    pen.area([(82, 23), (96, 17), (96, 56), (82, 50)], shade(body, 0.5))
     for radius, factor in ((15, 0.5), (11, 1.4), (6, 0.5)):
-        pen.oval(25, 37, radius, radius, _shade(body, factor))
+        pen.oval(25, 37, radius, radius, shade(body, factor))
 
 
 def _knife(pen: _Pen, rng: np.random.Generator) -> None:
-    steel, handle = _color(rng, 0.6, 0.08, 0.8), _color(rng, 0.07, 0.55, rng.choice([0.15, 0.45]))
+    steel, handle = color_near(rng, 0.6, 0.08, 0.8), color_near(rng, 0.07, 0.55, rng.choice([0.15, 0.45]))
     if rng.random() < 0.4:  # a dagger, else a kitchen knife
         pen.smooth([(34, 41), (70, 42), (84, 45), (99, 50), (84, 55), (70, 58), (34, 59)], steel)
-        pen.area([(34, 50), (96, 50), (84, 55), (70, 58), (34, 59)], _shade(steel, 0.75))
-        pen.line([(34, 32), (34, 68)], 6, _shade(steel, 0.5))
+        pen.area([(34, 50), (96, 50), (84, 55), (70, 58), (34, 59)], shade(steel, 0.75))
+        pen.line([(34, 32), (34, 68)], 6, shade(steel, 0.5))
     else:
         pen.smooth([(34, 38), (60, 37), (80, 39), (92, 46), (99, 56), (80, 62), (56, 65), (34, 64)], steel)
-        pen.smooth([(34, 57), (60, 58), (84, 55), (98, 56), (80, 62), (56, 65), (34, 64)], _shade(steel, 1.8))
-        pen.line([(34, 40), (34, 62)], 4, _shade(steel, 0.6))
+        pen.smooth([(34, 57), (60, 58), (84, 55), (98, 56), (80, 62), (56, 65), (34, 64)], shade(steel, 1.8))
+        pen.line([(34, 40), (34, 62)], 4, shade(steel, 0.6))
     pen.smooth([(2, 44), (16, 42), (33, 42), (33, 57), (16, 56), (3, 59)], handle)
     for x in (9, 18, 27):
-        pen.oval(x, 50, 2, 2, _shade(steel, 1.2))
+        pen.oval(x, 50, 2, 2, shade(steel, 1.2))
 
 
 def _spoon(pen: _Pen, rng: np.random.Generator) -> None:
-    metal = _color(rng, 0.6, 0.08, 0.75) if rng.random() < 0.7 else _color(rng, 0.08, 0.55, 0.65)
-    pen.smooth([(0, 50), (5, 42), (30, 46), (66, 45), (66, 55), (30, 54), (5, 58)], _shade(metal, 0.85))
+    metal = color_near(rng, 0.6, 0.08, 0.75) if rng.random() < 0.7 else color_near(rng, 0.08, 0.55, 0.65)
+    pen.smooth([(0, 50), (5, 42), (30, 46), (66, 45), (66, 55), (30, 54), (5, 58)], shade(metal, 0.85))
     for x, rx, ry, factor in ((79, 21, 16, 1.0), (80, 17, 12, 0.65), (84, 8, 5, 1.5)):
-        pen.oval(x, 50 + (x - 79) * 0.7, rx, ry, _shade(metal, factor))
+        pen.oval(x, 50 + (x - 79) * 0.7, rx, ry, shade(metal, factor))
 
 
 def _bomb(pen: _Pen, rng: np.random.Generator) -> None:
     pen.line([(60, 34), (70, 18), (82, 20), (88, 12)], 3.5, (150, 120, 90))  # the fuse
     if rng.random() < 0.4:  # sticks of dynamite, else a round one
-        paper = _color(rng, 0.0, 0.85, 0.75)
+        paper = color_near(rng, 0.0, 0.85, 0.75)
         for x, factor in ((28, 0.8), (47, 1.15), (66, 0.95)):
-            pen.line([(x, 38), (x, 86)], 18, _shade(paper, factor))
-            pen.oval(x, 34, 8, 4, _shade(paper, 1.7))
+            pen.line([(x, 38), (x, 86)], 18, shade(paper, factor))
+            pen.oval(x, 34, 8, 4, shade(paper, 1.7))
         for y in (52, 78):
             pen.line([(22, y), (72, y)], 7, (45, 42, 40))
     else:
-        iron = _color(rng, 0.65, 0.1, 0.16)
-        pen.area([(55, 28), (66, 17), (82, 33), (71, 44)], _shade(iron, 1.25))
+        iron = color_near(rng, 0.65, 0.1, 0.16)
+        pen.area([(55, 28), (66, 17), (82, 33), (71, 44)], shade(iron, 1.25))
         for inset, factor in ((0, 0.8), (4, 1.0), (11, 1.12)):
-            pen.oval(46 - inset / 2, 60 - inset / 2, 37 - inset, 37 - inset, _shade(iron, factor))
-        pen.oval(31, 43, 9, 5, _shade(iron, 4), -45)
+            pen.oval(46 - inset / 2, 60 - inset / 2, 37 - inset, 37 - inset, shade(iron, factor))
+        pen.oval(31, 43, 9, 5, shade(iron, 4), -45)
     rays = [(r * math.sin(i * math.pi / 6), r * math.cos(i * math.pi / 6)) for i, r in enumerate([12, 6] * 6)]
-    pen.area([(88 + x, 12 + y) for x, y in rays], _color(rng, 0.08, 0.9, 1.0))
+    pen.area([(88 + x, 12 + y) for x, y in rays], color_near(rng, 0.08, 0.9, 1.0))
     pen.oval(88, 12, 4, 4, (255, 250, 200))
 
 
 def _ball(pen: _Pen, rng: np.random.Generator) -> None:
     kind = rng.integers(3)  # a basketball, a football, a bowling ball
-    base = (_color(rng, 0.06, 0.8), (238, 238, 240), _color(rng, None, 0.6, rng.choice([0.2, 0.6])))[kind]
-    ink = _shade(base, 0.25)
+    base = (color_near(rng, 0.06, 0.8), (238, 238, 240), color_near(rng, None, 0.6, rng.choice([0.2, 0.6])))[kind]
+    ink = shade(base, 0.25)
     for radius, color in ((47, ink), (45.5, base)):
         pen.oval(50, 50, radius, radius, color)
     if kind == 0:
@@ -262,35 +264,35 @@ def _ball(pen: _Pen, rng: np.random.Generator) -> None:
     else:
         for x, y in ((42, 26), (59, 25), (52, 40)):
             pen.oval(x, y, 5, 5, ink)
-        pen.oval(27, 36, 9, 5, _shade(base, 1.6), -45)
+        pen.oval(27, 36, 9, 5, shade(base, 1.6), -45)
 
 
 def _fire(pen: _Pen, rng: np.random.Generator) -> None:
-    wood, lean = _color(rng, 0.07, 0.6, 0.4), rng.uniform(-6, 6, 11)
+    wood, lean = color_near(rng, 0.07, 0.6, 0.4), rng.uniform(-6, 6, 11)
     edge = [(16, 74), (20, 52), (12, 34), (30, 44), (38, 22), (50, 2), (58, 24), (68, 38), (82, 26), (82, 52), (84, 74)]
     for size, hue in ((1.0, 0.01), (0.74, 0.07), (0.46, 0.13)):  # one flame in another, from red to yellow
         flame = [(50 + (x - 50 + bent) * size, 90 + (y - 90) * size) for (x, y), bent in zip(edge, lean, strict=True)]
-        pen.smooth(flame, _color(rng, hue, 0.9, 0.97))
+        pen.smooth(flame, color_near(rng, hue, 0.9, 0.97))
     for points in ([(14, 80), (86, 95)], [(14, 95), (86, 80)]):
         pen.line(points, 8, wood)
-        pen.oval(*points[1], 3, 4, _shade(wood, 1.8))
+        pen.oval(*points[1], 3, 4, shade(wood, 1.8))
 
 
 def _flower(pen: _Pen, rng: np.random.Generator) -> None:
-    petal, leaf = _color(rng, rng.choice([0.0, 0.08, 0.15, 0.8, 0.92]), 0.8, 0.95), _color(rng, 0.33, 0.6, 0.5)
+    petal, leaf = color_near(rng, rng.choice([0.0, 0.08, 0.15, 0.8, 0.92]), 0.8, 0.95), color_near(rng, 0.33, 0.6, 0.5)
     pen.line([(50, 40), (52, 70), (49, 97)], 4, leaf)
-    pen.smooth([(50, 92), (56, 76), (76, 66), (70, 84)], _shade(leaf, 1.3))
+    pen.smooth([(50, 92), (56, 76), (76, 66), (70, 84)], shade(leaf, 1.3))
     pen.smooth([(50, 94), (42, 80), (24, 72), (32, 88)], leaf)
     if rng.random() < 0.4:  # a tulip, which a hurried eye takes for a flame
-        pen.smooth([(50, 8), (62, 24), (66, 52), (50, 62), (34, 52), (38, 24)], _shade(petal, 0.75))
+        pen.smooth([(50, 8), (62, 24), (66, 52), (50, 62), (34, 52), (38, 24)], shade(petal, 0.75))
         pen.smooth([(28, 12), (44, 30), (52, 60), (36, 58), (27, 40)], petal)
-        pen.smooth([(72, 12), (56, 30), (48, 60), (64, 58), (73, 40)], _shade(petal, 1.2))
+        pen.smooth([(72, 12), (56, 30), (48, 60), (64, 58), (73, 40)], shade(petal, 1.2))
     else:
         count = int(rng.integers(5, 10))
         for turn in np.arange(count) * math.tau / count:
             x, y = 50 + 20 * math.sin(turn), 34 - 20 * math.cos(turn)
-            pen.oval(x, y, 13, 52 / count, _shade(petal, 1.0 + 0.2 * math.cos(turn)), math.degrees(turn) - 90)
-        pen.oval(50, 34, 10, 10, _color(rng, 0.12, 0.8))
+            pen.oval(x, y, 13, 52 / count, shade(petal, 1.0 + 0.2 * math.cos(turn)), math.degrees(turn) - 90)
+        pen.oval(50, 34, 10, 10, color_near(rng, 0.12, 0.8))
 
 
 _PAINTERS = {  # how to paint each object, and how far it is turned either way, in degrees

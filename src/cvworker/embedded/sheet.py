@@ -12,6 +12,7 @@ import io
 import json
 import math
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ STEPS = {"download": "download", "preprocess": "preprocess", "process": "model",
 """The parts of a picture's time in the worker, and their names; ``waiting`` is what the timings leave over."""
 BARS_SHOWN = 5
 """Scores on one picture, the highest."""
+BOXES_SHOWN = 50
+"""Boxes on one picture, the first of the answer."""
+BOX_COLORS = 6
 THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 320, 72
 
 
@@ -112,7 +116,11 @@ class _Reading:
         self.error_message = str(error.get("message") or "")
         self.verdicts = {value for value in [result.get("verdict")] if isinstance(value, str)}
         found: list[Any] = next((value for value in result.values() if _is_labelled(value)), [])
-        self.labels = {str(entry["label"]) for entry in found}
+        top = result.get("label")  # of a module that gives one label, and the next likely ones beside it
+        self.labels = {top} if isinstance(top, str) else {str(entry["label"]) for entry in found}
+        self.badges = self.verdicts or ({top} if isinstance(top, str) else set())
+        self.boxes = [(str(entry["label"]), box) for entry in found if (box := _box(entry.get("box")))][:BOXES_SHOWN]
+        self.size = _number(result.get("width")), _number(result.get("height"))
         self.scores = _numbers(result.get("scores"))
         for entry in sorted(found, key=lambda entry: -_number(entry.get("score"))):  # the best of each label
             self.scores.setdefault(str(entry["label"]), _number(entry.get("score")))
@@ -225,13 +233,14 @@ def _count_panel(title: str, counts: Counter[str]) -> str:
 
 def _tile(tile: Tile, reading: _Reading, tags: str) -> str:
     mark = {True: "<b class=right>✓ right</b>", False: "<b class=wrong>✗ wrong</b>", None: ""}[tile.right]
-    badges = [("error", reading.error)] if reading.error else [(verdict, verdict) for verdict in reading.verdicts]
+    badges = [("error", reading.error)] if reading.error else [(text, text) for text in reading.badges]
     if tile.answer is None:
         badges = [("error", "no answer")]
     picture = "<span class=blank>no picture</span>"
     if tile.thumbnail is not None:
         data = base64.b64encode(tile.thumbnail).decode()
         picture = f'<img src="data:image/jpeg;base64,{data}" alt="{escape(tile.name)}" loading=lazy decoding=async>'
+        picture += _overlay(reading)
     highest = sorted(reading.scores.items(), key=lambda score: -score[1])[:BARS_SHOWN]
     bars = "".join(_bar(label, s, f"{s:.2f}", "found" if label in reading.labels else "") for label, s in highest)
     total = _time(reading.times["total"]) if "total" in reading.times else ""
@@ -246,6 +255,22 @@ def _tile(tile: Tile, reading: _Reading, tags: str) -> str:
         + f"<ul class=bars>{bars}</ul>{known}<details{unread}><summary>answer</summary><pre>{raw}</pre></details>"
         + "</article>"
     )
+
+
+def _overlay(reading: _Reading) -> str:
+    """Boxes over the picture, in its own pixels: drawn as it is, they fit it at any size."""
+    width, height = reading.size
+    if not reading.boxes or width <= 0 or height <= 0:
+        return ""
+    letters, drawn = max(width, height) / 20, ""
+    for label, (left, top, right, bottom) in reading.boxes:
+        drawn += (
+            f'<g class="c{zlib.crc32(label.encode()) % BOX_COLORS}">'
+            f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{bottom - top:.1f}"/>'
+            f'<text x="{left + letters / 4:.1f}" y="{bottom - letters / 3:.1f}">{escape(label)}</text></g>'
+        )
+    shape = f'viewBox="0 0 {width:.0f} {height:.0f}" font-size="{letters:.1f}"'
+    return f"<svg class=boxes {shape} aria-hidden=true>{drawn}</svg>"
 
 
 def _stack(steps: Mapping[str, float]) -> str:
@@ -289,6 +314,14 @@ def _number(value: object) -> float:
 
 def _numbers(value: object) -> dict[str, float]:
     return {str(name): _number(number) for name, number in _mapping(value).items() if isinstance(number, int | float)}
+
+
+def _box(value: object) -> list[float] | None:
+    """Left, top, right and bottom, where these are four numbers in order."""
+    if not (isinstance(value, list) and len(value) == 4 and all(isinstance(part, int | float) for part in value)):
+        return None
+    box = [_number(part) for part in value]
+    return box if box[0] <= box[2] and box[1] <= box[3] else None
 
 
 def _is_labelled(value: object) -> bool:

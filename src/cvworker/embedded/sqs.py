@@ -163,6 +163,12 @@ class EmbeddedSqs:
             attributes["RedrivePolicy"] = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": max_receives})
         return client.create_queue(QueueName=name, Attributes=attributes)["QueueUrl"]
 
+    def count(self, queue_url: str) -> int:
+        """How many messages a queue holds: visible, hidden and delayed."""
+        names: Any = [f"ApproximateNumberOfMessages{which}" for which in ("", "NotVisible", "Delayed")]
+        found = self.client().get_queue_attributes(QueueUrl=queue_url, AttributeNames=names)["Attributes"]
+        return sum(map(int, found.values()))
+
     def close(self) -> None:
         """End the process; harmless when it is called twice, or when the process is gone already."""
         client, self._client = self._client, None

@@ -24,7 +24,9 @@ class ModelConfig:
     log_level: str
     optimize: str = "off"
     with_example: bool = False
-    """Whether ``ready`` brings the module's example image, for ``cvworker check``."""
+    """Whether ``ready`` brings a report on every hook, for ``cvworker check``."""
+    picture: str | None = None
+    """The image file for that report; the module's example without one."""
 
     @property
     def chunk(self) -> int:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
@@ -26,6 +27,7 @@ from cvworker.model.preprocess import (
     SLOT_NUMBER,
     SLOT_PID,
     SLOT_SINCE,
+    Encoded,
     Images,
     start_worker,
 )
@@ -38,6 +40,20 @@ MAX_REBUILDS = 5
 """Loaders lost one after the other without a single image between them, before the process gives up."""
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """An image in the loader."""
+
+    number: int
+    offset: int
+    length: int
+    alone: bool
+    for_device: bool
+
+    def descriptor(self) -> bytes:
+        return DESCRIPTOR.pack(self.number, self.offset, self.length, self.for_device)
 
 
 class Feeder:
@@ -63,7 +79,11 @@ class Feeder:
         self._pin = pin
         self._deliver = deliver
         self._failed = failed
-        self._pending: dict[int, tuple[bytes, bool]] = {}
+        self.on_device = False
+        """Whether pictures that the device can decode are left encoded; then each comes back to :meth:`settle` or
+        :meth:`decode_here`."""
+        self._pending: dict[int, _Entry] = {}
+        self._lent: dict[int, _Entry] = {}
         self._unsent: deque[bytes] = deque()
         self._outlet: socket.socket | None = None
         self._slabs: Slabs | None = None
@@ -78,17 +98,30 @@ class Feeder:
         """Hand over images: number, offset, length, and whether it must be alone in its batch."""
         with self._lock:
             for number, offset, length, alone in jobs:
-                descriptor = DESCRIPTOR.pack(number, offset, length)
-                self._pending[number] = (descriptor, alone)
-                self._unsent.append(descriptor)
+                # What is suspect is decoded apart from other pictures, by a process whose end does no harm.
+                entry = _Entry(number, offset, length, alone, self.on_device and not alone)
+                self._pending[number] = entry
+                self._unsent.append(entry.descriptor())
+        self._pump()
+
+    def settle(self, number: int) -> None:
+        """The device has decoded this picture."""
+        with self._lock:
+            self._lent.pop(number, None)
+        self._pump()
+
+    def decode_here(self, number: int) -> None:
+        """The device has not decoded this picture: it goes through the loader once more, to be decoded there."""
+        with self._lock:
+            entry = replace(self._lent.pop(number), for_device=False)
+            self._pending[number] = entry
+            self._unsent.append(entry.descriptor())
         self._pump()
 
     def close(self) -> None:
         """No more images will come: workers end when they have taken what waits."""
-        with self._lock:
-            self._stopped = True
-            if self._outlet is not None and not self._unsent:
-                self._outlet.shutdown(socket.SHUT_WR)
+        self._stopped = True
+        self._pump()
 
     def run(self) -> None:
         """Iterate until closed and empty; the thread of this method is the loader's."""
@@ -132,7 +165,7 @@ class Feeder:
         workers = [child for child in multiprocessing.active_children() if child not in before]
         with self._lock:
             self._outlet = outlet
-            self._unsent = deque(descriptor for descriptor, _ in self._pending.values())
+            self._unsent = deque(entry.descriptor() for entry in self._pending.values())
         if count:
             inlet.close()  # the workers have their own
         else:
@@ -166,17 +199,22 @@ class Feeder:
         samples = []
         values = chunk.unpack(self._slabs, pin=self._pin)
         for number, milliseconds, value in zip(chunk.numbers, chunk.milliseconds, values, strict=True):
-            alone = self._forget(number)
-            if alone is not None:
-                samples.append(Sample(number, value, milliseconds, alone))
+            entry = self._forget(number, lend=isinstance(value, Encoded))
+            if entry is not None:
+                samples.append(Sample(number, value, milliseconds, entry.alone))
         self._deliver(samples)
         self._pump()
 
-    def _forget(self, number: int) -> bool | None:
-        """Take an image off the table; its ``alone``, or None if it was not there (begun twice by a rebuild)."""
+    def _forget(self, number: int, *, lend: bool = False) -> _Entry | None:
+        """Take an image off the table, or None if it was not there (begun twice by a rebuild).
+
+        With ``lend`` it may come back, and the loader's processes stay for it.
+        """
         with self._lock:
             entry = self._pending.pop(number, None)
-            return None if entry is None else entry[1]
+            if lend and entry is not None:
+                self._lent[number] = entry
+            return entry
 
     def _pump(self) -> None:
         """Send descriptors while the socket takes them: a full one must not block who submits."""
@@ -187,7 +225,7 @@ class Feeder:
                 while self._unsent:
                     self._outlet.send(self._unsent[0])
                     self._unsent.popleft()
-                if self._stopped:
+                if self._stopped and not self._lent:
                     self._outlet.shutdown(socket.SHUT_WR)
             except BlockingIOError:
                 pass

@@ -20,7 +20,7 @@ import structlog
 from cvworker.errors import StartupError
 from cvworker.model.config import ModelConfig
 
-HIDDEN_PREFIXES = ("AWS_", "CVWORKER_CALLBACK_SECRET", "CVWORKER_EGRESS_PROXY", "CVWORKER_SECRETS_DIR", "ECS_")
+HIDDEN_PREFIXES = ("AWS_", "CVWORKER_CALLBACK_SECRET", "CVWORKER_EGRESS_PROXY", "CVWORKER_SECRETS_DIR", "ECS_", "OTEL_")
 """Variables the model process does not get: it decodes untrusted bytes and needs no credentials."""
 LONGEST_TMPDIR = 70
 """multiprocessing keeps sockets in there, whose paths can have 107 characters at most."""

@@ -13,8 +13,9 @@ import struct
 import termios
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import context, reduction
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import IterableDataset, get_worker_info
 
 from cvworker import heap, images
+from cvworker.baseline import Baseline, baseline
 from cvworker.errors import JobError, PreprocessFailed, crosses
 from cvworker.loading import load, make
 from cvworker.model.chunk import Chunk
@@ -32,8 +34,9 @@ from cvworker.model.slabs import Slabs
 from cvworker.module import Module
 from cvworker.observe.logs import configure
 
-DESCRIPTOR = struct.Struct("<QQQ")
-"""What a worker pulls: the job's number, and where its bytes are in the arena (offset, length)."""
+DESCRIPTOR = struct.Struct("<QQQ?")
+"""What a worker pulls: the job's number, where its bytes are in the arena (offset, length), and whether it may leave
+the picture to the device's decoder."""
 SLOT_NUMBER, SLOT_SINCE, SLOT_PID = range(3)
 MAX_TEXT = 500
 BYTES_PER_PIXEL = 12
@@ -42,6 +45,14 @@ MEMORY_BESIDE_IMAGE = 1024**3
 """For what ``preprocess`` itself needs."""
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """In the place of a sample: a picture left to the device, where its bytes are and what they say of it."""
+
+    offset: int
+    jpeg: Baseline
 
 
 class Images(IterableDataset[Chunk]):
@@ -95,7 +106,7 @@ class Images(IterableDataset[Chunk]):
         row[SLOT_PID] = os.getpid()
         if info is not None:
             configure(config.log_format, config.log_level)  # a process of its own: nothing is inherited
-            _limit_memory(config.max_image_pixels)
+            limit_memory(config.max_image_pixels)
             heap.settle(forked=True)
             while wanted := _pull(inlet, config.chunk, info.num_workers):
                 chunk = self._chunk([self._one(memory, each, row) for each in wanted])
@@ -109,28 +120,18 @@ class Images(IterableDataset[Chunk]):
     def _one(
         self, memory: memoryview, descriptor: bytes, row: torch.Tensor | None
     ) -> tuple[int, float, Any, JobError | None]:
-        number, offset, length = DESCRIPTOR.unpack(descriptor)
+        number, offset, length, for_device = DESCRIPTOR.unpack(descriptor)
         module, config = cast(Module, self._module), self._config
         began = time.perf_counter()
         if row is not None:
             row[SLOT_SINCE] = time.monotonic()
             row[SLOT_NUMBER] = number
+        data = memory[offset : offset + length]
         sample, error = None, None
-        try:
-            image = images.decode(
-                memory[offset : offset + length],
-                image_type=module.image_type,
-                min_side=module.min_side,
-                max_pixels=config.max_image_pixels,
-            )
-            sample = module.preprocess(image)
-            if row is not None:
-                _check_crossing(sample)
-        except JobError as refused:
-            error = refused if crosses(refused) else PreprocessFailed(describe(refused))
-        except (Exception, SystemExit) as raised:  # the module's own: this image's, not the worker's
-            log.warning("preprocess raised", job=number, exc_info=True)
-            error = PreprocessFailed(describe(raised))
+        if for_device and (jpeg := baseline(data, config.max_image_pixels)) is not None:
+            sample = Encoded(offset, jpeg)
+        else:
+            sample, error = sample_of(module, data, config.max_image_pixels, job=number, crosses_border=row is not None)
         if row is not None:
             row[SLOT_NUMBER] = 0
         return number, (time.perf_counter() - began) * 1000, sample, error
@@ -146,6 +147,37 @@ class Images(IterableDataset[Chunk]):
                 chunk.milliseconds.append(milliseconds)
                 chunk.samples.append(sample)
         return chunk
+
+
+def sample_of(
+    module: Module, data: memoryview, max_pixels: int, *, job: int, crosses_border: bool
+) -> tuple[Any, JobError | None]:
+    """Decode one image and ``preprocess`` it: the sample, or why there is none.
+
+    With ``crosses_border`` a sample that could not be sent to another process is refused here.
+    """
+
+    def prepare() -> Any:
+        image = images.decode(data, image_type=module.image_type, min_side=module.min_side, max_pixels=max_pixels)
+        sample = module.preprocess(image)
+        if crosses_border:
+            _check_crossing(sample)
+        return sample
+
+    return guarded(prepare, job=job)
+
+
+def guarded(prepare: Callable[[], Any], *, job: int) -> tuple[Any, JobError | None]:
+    """The sample that ``prepare`` makes of an image with the module's ``preprocess``, or why there is none."""
+    try:
+        return prepare(), None
+    except torch.OutOfMemoryError:  # the device's, and not this image's doing
+        raise
+    except JobError as refused:
+        return None, refused if crosses(refused) else PreprocessFailed(describe(refused))
+    except (Exception, SystemExit) as raised:  # the module's own: this image's, not the worker's
+        log.warning("preprocess raised", job=job, exc_info=True)
+        return None, PreprocessFailed(describe(raised))
 
 
 def start_worker(_worker_id: int) -> None:
@@ -171,7 +203,7 @@ def _end_with_the_model_process() -> None:
         os._exit(1)
 
 
-def _limit_memory(max_pixels: int) -> None:
+def limit_memory(max_pixels: int) -> None:
     """Let a decoder that goes astray fail rather than take the machine along.
 
     The data segment and not the address space: CUDA and shared mappings reserve far more than they use.

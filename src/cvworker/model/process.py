@@ -5,10 +5,9 @@ It holds no credentials, no secrets and no sockets to the outside. It ends when 
 
 from __future__ import annotations
 
-import base64
 import faulthandler
-import io
 import json
+import mmap
 import multiprocessing
 import os
 import queue
@@ -20,6 +19,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cvworker import heap
@@ -27,6 +27,7 @@ from cvworker.errors import JobError, StartupError
 from cvworker.model.config import ModelConfig
 
 if TYPE_CHECKING:
+    from cvworker.model.decoding import DeviceDecoder
     from cvworker.model.runner import Done, Staged
     from cvworker.module import Module
 
@@ -41,6 +42,7 @@ class ModelProcess:
         self._config = config
         self._arena_fd = arena_fd
         self._sending = threading.Lock()
+        self._decoder: DeviceDecoder | None = None
 
     def run(self) -> None:
         """Start, say ready, and serve until told to stop."""
@@ -68,9 +70,12 @@ class ModelProcess:
             raise StartupError(f"module: {module.name}.setup raised {type(error).__name__}: {error}") from error
         first = "fp32" if config.precision == "auto" else config.precision
         self._runner = Runner(module, device, first, config.batch_size)
+        self._decoder = self._device_decoder(module)
         warm = self._warm_up(module)
         if not self._feeder.wait_until_started(START_TIMEOUT_S):
             raise StartupError("the DataLoader's processes did not start; see the log above")
+        if config.with_example:
+            warm["hooks"] = self._hooks(module)
         heap.settle()
         self.send(
             {
@@ -127,7 +132,10 @@ class ModelProcess:
     def _staged_in_turn(self) -> Iterator[Staged]:
         """Where batches compute on the same cores, there is nothing to overlap."""
         while samples := self._batcher.take():
-            yield self._runner.stage(samples)
+            if self._decoder is not None:
+                samples = self._decoder.prepare(samples)
+            if samples:
+                yield self._runner.stage(samples)
 
     def _staged_ahead(self) -> Iterator[Staged]:
         """While one batch computes on the device, the next is collated and copied there."""
@@ -142,6 +150,30 @@ class ModelProcess:
         while (each := staged.get()) is not None:
             yield each
 
+    def _device_decoder(self, module: Module) -> DeviceDecoder | None:
+        """For a module that asks for it, where something decodes on the device."""
+        from cvworker.model import decoding
+
+        decode = decoding.decoder_for(self._device) if module.decode_on_device else None
+        if decode is None or not decoding.takes_device_images(module, self._device):
+            return None
+        self._feeder.on_device = True
+        return decoding.DeviceDecoder(
+            module,
+            self._device,
+            decode,
+            mmap.mmap(self._arena_fd, self._config.arena_size, access=mmap.ACCESS_READ),
+            self._runner.stream,
+            done=self._feeder.settle,
+            refused=self._feeder.decode_here,
+            failed=self._refuse,
+            busy=lambda numbers: self.send({"decoding": numbers}),
+        )
+
+    def _sample(self, module: Module, image: Any) -> Any:
+        """What ``preprocess`` makes of an image where most of this module's images are: here, or on the device."""
+        return module.preprocess(image if self._decoder is None else image.to(self._device))
+
     def _refuse(self, number: int, error: JobError) -> None:
         self.send({"failed": [number, type(error).__name__, error.message]})
 
@@ -152,26 +184,24 @@ class ModelProcess:
 
         hook = "preprocess"
         try:
-            began = time.perf_counter()
-            value = module.preprocess(module.example())
-            preprocess_ms = (time.perf_counter() - began) * 1000
+            value = self._sample(module, module.example())
             samples = [Sample(0, value, 0.0) for _ in range(self._config.batch_size)]
             hook = "process"
             self._runner.trial(samples)
             self._tune(module)
             for size in (len(samples), 1):
-                result = self._runner.trial(samples[:size])
+                self._runner.trial(samples[:size])
         except JobError as error:
             return {"warning": f"{hook}: {error}"}
         except Exception as error:
             return {"warning": f"{hook}: {describe(error)}"}
-        picture = {"example_png": _png(module.example())} if self._config.with_example else {}
-        return picture | {
-            "example": json.loads(result[0].result or "null"),
-            "shapes": describe_sample(value),
-            "preprocess_ms": round(preprocess_ms, 2),
-            "process_ms": round(result[0].process_ms, 2),
-        }
+        return {}
+
+    def _hooks(self, module: Module) -> dict[str, Any]:
+        from cvworker.model.hooks import report
+
+        picture = Path(self._config.picture).read_bytes() if self._config.picture else None
+        return report(module, self._runner, picture, self._config.max_image_pixels)
 
     def _tune(self, module: Module) -> None:
         """Choose the precision and the form of the network; one line in the log says what was chosen, and why."""
@@ -188,7 +218,7 @@ class ModelProcess:
         first = self._runner.precision
         try:
             images = variations(module.example(), config.batch_size)
-            samples = [Sample(0, module.preprocess(image), 0.0) for image in images]
+            samples = [Sample(0, self._sample(module, image), 0.0) for image in images]
             setup, trials = tune(
                 self._runner,
                 samples,
@@ -203,31 +233,6 @@ class ModelProcess:
             return
         if trials:
             log.info("tuned", chosen=str(setup), tried="; ".join(str(trial) for trial in trials))
-
-
-def describe_sample(sample: Any) -> str:
-    """The shapes and types of a sample, for people."""
-    import torch
-
-    if isinstance(sample, torch.Tensor):
-        return f"{str(sample.dtype).removeprefix('torch.')} {list(sample.shape)}"
-    if isinstance(sample, dict):
-        return "{" + ", ".join(f"{key}: {describe_sample(value)}" for key, value in sample.items()) + "}"
-    if isinstance(sample, (list, tuple)):
-        return "[" + ", ".join(describe_sample(value) for value in sample) + "]"
-    return type(sample).__name__
-
-
-def _png(image: Any) -> str:
-    """An image of either type as a PNG in base64."""
-    import torch
-    from PIL import Image
-
-    if isinstance(image, torch.Tensor):
-        image = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
 
 
 def main() -> None:

@@ -97,7 +97,8 @@ class Runner:
         self._device = device
         self.precision = precision
         """``fp32``, or what ``process`` is run in by ``autocast``: ``bf16`` or ``fp16``."""
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        """Where batches are made and copied to a CUDA device, while its current stream computes."""
         self._limit = BatchLimit(batch_size)
 
     @property
@@ -146,6 +147,8 @@ class Runner:
 
     def trial(self, samples: list[Sample]) -> list[Done]:
         """As :meth:`stage` and :meth:`run`, but what the module raises comes out: for warm-up and checks."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self._device))  # samples may have been made on it
         batch, copied = self._collate(samples)
         if copied is not None:
             copied.synchronize()
@@ -190,13 +193,15 @@ class Runner:
         return done
 
     def _collate(self, samples: list[Sample]) -> tuple[Any, torch.cuda.Event | None]:
-        batch = self._module.collate([sample.value for sample in samples])
-        if self._stream is None:
-            return batch, None
-        with torch.cuda.stream(self._stream):
-            batch = pytree.tree_map_only(torch.Tensor, self._to_device, batch)
+        values = [sample.value for sample in samples]
+        if self.stream is None:
+            return self._module.collate(values), None
+        with torch.cuda.stream(self.stream):
+            if any(map(_is_on_cuda, values)):  # some were decoded there, and the others join them
+                values = [pytree.tree_map_only(torch.Tensor, self._to_device, value) for value in values]
+            batch = pytree.tree_map_only(torch.Tensor, self._to_device, self._module.collate(values))
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record(self._stream)
+            copied.record(self.stream)
         return batch, copied
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -207,6 +212,10 @@ class Runner:
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = PRECISIONS[self.precision]
         return nullcontext() if dtype is None else torch.autocast(self._device.type, dtype=dtype)
+
+
+def _is_on_cuda(value: Any) -> bool:
+    return any(isinstance(leaf, torch.Tensor) and leaf.is_cuda for leaf in pytree.tree_leaves(value))
 
 
 def _keep(batch: Any, stream: torch.cuda.Stream) -> None:

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cvworker.modules.classifier import Classifier, Spec, is_number, json_value, refuse
+from cvworker.modules.classifier import DIGITS, Classifier
+from cvworker.modules.spec import Spec, is_number
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_DIGITS = 4  # of a score: more is noise, and each costs bytes in every callback
 
 
 class Threat(Classifier):
@@ -37,7 +36,7 @@ class Threat(Classifier):
         return [self._result(row) for row in self.logits(batch).sigmoid().tolist()]
 
     def _result(self, row: Sequence[float]) -> dict[str, Any]:
-        scores = {label: round(score, _DIGITS) for label, score in zip(self.spec.classes, row, strict=True)}
+        scores = {label: round(score, DIGITS) for label, score in zip(self.spec.classes, row, strict=True)}
         found = [label for label in scores if scores[label] >= self.thresholds[label]]
         found.sort(key=lambda label: -scores[label])
         return {
@@ -48,10 +47,10 @@ class Threat(Classifier):
 
 
 def _thresholds(spec: Spec) -> dict[str, float]:
-    value = json_value(spec.path, spec.metadata, "thresholds")
+    value = spec.value("thresholds")
     if not (isinstance(value, dict) and all(is_number(number) and 0 <= number <= 1 for number in value.values())):
-        raise refuse(spec.path, "has metadata 'thresholds' that are not numbers from 0 to 1 by class; save it again")
+        raise spec.refuse("has metadata 'thresholds' that are not numbers from 0 to 1 by class; save it again")
     if odd := sorted(value.keys() ^ set(spec.classes)):
         names = ", ".join(odd)
-        raise refuse(spec.path, f"has 'thresholds' that do not fit its classes ({names}); save it with one for each")
+        raise spec.refuse(f"has 'thresholds' that do not fit its classes ({names}); save it with one for each")
     return {label: float(number) for label, number in value.items()}

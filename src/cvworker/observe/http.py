@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
+import time
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import Any
@@ -20,6 +22,9 @@ HEADERS = {
     "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer",
 }
+EVENT_EVERY_S = 1.0
+MOST_STREAMS = 16
+"""Pages that are told of each second; a further one asks for itself, as it does where a proxy holds events back."""
 ASSETS = {
     "/": ("status.html", "text/html"),
     "/status.css": ("status.css", "text/css"),
@@ -48,6 +53,10 @@ class Endpoints:
         self._metrics = metrics
         self._refresh = refresh
         self._runner: web.AppRunner | None = None
+        self._streams = 0
+        self._closing = asyncio.Event()
+        self._telling = asyncio.Lock()
+        self._event, self._event_at = b"", float("-inf")
         self.port = 0
 
     async def start(self, host: str, port: int) -> None:
@@ -60,6 +69,7 @@ class Endpoints:
             ("/status.json", lambda: web.json_response(self._status(), headers=HEADERS)),
         ):
             app.router.add_get(path, self._fresh(answer))
+        app.router.add_get("/events", self._get_events)
         for path in ASSETS:
             app.router.add_get(path, _asset)
         self._runner = web.AppRunner(app, access_log=None)
@@ -76,8 +86,43 @@ class Endpoints:
         self.port = self._runner.addresses[0][1]
 
     async def stop(self) -> None:
+        self._closing.set()
         if self._runner is not None:
             await self._runner.cleanup()
+
+    async def _get_events(self, request: web.Request) -> web.StreamResponse:
+        """The status once a second, as server-sent events, for as long as somebody listens."""
+        if self._streams >= MOST_STREAMS:
+            return web.Response(status=503, text="too many listen; /status.json is still there\n", headers=HEADERS)
+        event = await self._next_event()
+        response = web.StreamResponse(
+            headers={**HEADERS, "Content-Type": "text/event-stream", "X-Accel-Buffering": "no"}
+        )
+        await response.prepare(request)
+        self._streams += 1
+        try:
+            while not self._closing.is_set():
+                await response.write(event)
+                try:
+                    async with asyncio.timeout(EVENT_EVERY_S):
+                        await self._closing.wait()
+                except TimeoutError:
+                    event = await self._next_event()
+        except ConnectionError:  # the page was closed
+            pass
+        finally:
+            self._streams -= 1
+        return response
+
+    async def _next_event(self) -> bytes:
+        """The same for all who listen at that moment: ten pages cost what one does."""
+        async with self._telling:
+            if time.monotonic() - self._event_at > EVENT_EVERY_S / 2:
+                if self._refresh is not None:
+                    await self._refresh()
+                self._event = b"data: " + json.dumps(self._status()).encode() + b"\n\n"
+                self._event_at = time.monotonic()
+            return self._event
 
     def _fresh(self, answer: Callable[[], web.Response]) -> Callable[[web.Request], Awaitable[web.Response]]:
         async def handle(_request: web.Request) -> web.Response:

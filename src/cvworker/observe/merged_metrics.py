@@ -12,6 +12,9 @@ Reading = list[Metric]
 TOTALS = ("counter", "histogram")
 BEGUN = "_created"
 """When a counter began to count, which the exposition has as a gauge."""
+EARLIEST = (BEGUN, "_start_time_seconds")
+SEEN_BY_ALL = ("cvworker_backlog_messages", "cvworker_oldest_message_age_seconds")
+"""Not each pipeline's own: the most that one says."""
 
 
 def read(text: str) -> Reading:
@@ -20,7 +23,10 @@ def read(text: str) -> Reading:
 
 
 def add(readings: Iterable[Reading]) -> Reading:
-    """Amounts and limits are summed, ratios averaged; a counter began when the first of them did."""
+    """Amounts and limits are summed, ratios averaged; a counter began when the first of them did.
+
+    Of what all see alike, such as the queue's length, the largest counts.
+    """
     families: dict[str, Metric] = {}
     values: dict[str, dict[tuple[str, frozenset[tuple[str, str]]], list[float]]] = {}
     for family in (family for reading in readings for family in reading):
@@ -61,4 +67,6 @@ def _family(like: Metric, samples: dict[tuple[str, frozenset[tuple[str, str]]], 
 def _together(name: str, values: Sequence[float]) -> float:
     if name.endswith("_ratio"):
         return sum(values) / len(values)
-    return min(values) if name.endswith(BEGUN) else sum(values)
+    if name in SEEN_BY_ALL:
+        return max(values)
+    return min(values) if name.endswith(EARLIEST) else sum(values)

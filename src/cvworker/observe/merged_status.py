@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cvworker.observe import history
+from cvworker.observe.metrics import EXAMPLES, STAGES
+
 Status = dict[str, Any]
 
 EMPTY: Status = {
@@ -18,6 +21,7 @@ EMPTY: Status = {
         "pid": None,
         "preprocess_workers": 0,
     },
+    "backlog": {"visible": None, "hidden": None, "delayed": None},
     "held": 0,
     "image_bytes": 0,
     "queues": {},
@@ -30,11 +34,16 @@ EMPTY: Status = {
     "messages": {},
     "errors": {},
     "callbacks": {},
+    "done": dict.fromkeys((*STAGES, "batches"), 0.0),
+    "leases": {"extended": 0.0, "lost": 0.0, "oldest_s": None},
+    "history": history.EMPTY,
+    "examples": [],
 }
 """What is said before any pipeline has said something."""
-COUNTED = ("messages", "errors", "callbacks")
+COUNTED = ("messages", "errors", "callbacks", "done", "examples")
 RATIOS = ("busy",)
 SUMMED_IN_MODEL = ("restarts", "preprocess_workers")
+WORST = ("p95", "oldest_s")
 
 
 def merge(statuses: Sequence[Status]) -> Status:
@@ -45,13 +54,17 @@ def merge(statuses: Sequence[Status]) -> Status:
     merged: Status = _merge((), [EMPTY, *statuses])
     alive = [each for each in statuses if "queue" in each]
     merged["queue"]["reachable"] = bool(alive) and all(each["queue"]["reachable"] for each in alive)
+    merged["history"] = history.together([each["history"] for each in statuses if "history" in each])
+    examples = [example for each in statuses for example in each["examples"]]
+    merged["examples"] = sorted(examples, key=lambda example: float(example["at"]))[-EXAMPLES:]
     return merged
 
 
 def totals(status: Status) -> Status:
     """What is still true of a pipeline that has ended: what it counted, and not what it held."""
     counted = {name: status[name] for name in COUNTED}
-    return {**counted, "model": {"restarts": status["model"]["restarts"]}}
+    leases = {name: status["leases"][name] for name in ("extended", "lost")}
+    return {**counted, "leases": leases, "model": {"restarts": status["model"]["restarts"]}}
 
 
 def _merge(path: tuple[str, ...], values: list[Any]) -> Any:
@@ -63,8 +76,8 @@ def _merge(path: tuple[str, ...], values: list[Any]) -> Any:
         return _same(there)
     if path[0] == "queue" or (path[0] == "model" and path[-1] not in SUMMED_IN_MODEL):
         return _same(there)
-    if path[-1] == "p95":
-        return max(there, default=0.0)
+    if path[0] == "backlog" or path[-1] in WORST:  # a backlog is the queue's, and not each pipeline's own
+        return max(there, default=None)
     if path[0] in RATIOS or path[-1] == "p50":
         return round(sum(there) / len(there), 4) if there else 0.0
     return round(sum(there), 4)

@@ -1,10 +1,9 @@
 "use strict";
-// Asks for status.json once a second while the tab is visible, and shows it.
+// Is sent the status once a second while the tab is visible, and shows it.
 // What the worker says is written as text only: codes and messages in it may come from anybody.
 
-const EVERY_MS = 1000, TIMEOUT_MS = 5000, CURVE_MS = 5 * 60_000, RECENT_MS = 60_000;
-const STEPS = ["receive", "download", "preprocess", "process", "callback"];
-const QUEUE_BEFORE = { download: "download", preprocess: "inference", process: "inference", callback: "results" };
+const EVERY_MS = 1000, TIMEOUT_MS = 5000, CURVE_S = 5 * 60, RECENT_MS = 60_000, PACE_MS = 10_000;
+const EXAMPLES = 8;
 const LATENCIES = ["queue", "download", "preprocess", "process", "total"];
 const CALLBACKS = ["2xx", "4xx", "5xx", "timeout", "error", "refused"];
 const OUTCOMES = {
@@ -14,8 +13,7 @@ const OUTCOMES = {
 const openedAt = new Date();
 let answeredAt = null;
 let looks = []; // {at, status} of the last minutes, oldest first
-let limit = null; // the step found to limit the others at the last look
-let timer = 0, asking = false;
+let timer = 0, asking = false, stream = null;
 
 const byId = (id) => document.getElementById(id);
 const whole = (number) => number.toLocaleString("en", { maximumFractionDigits: 0 });
@@ -61,60 +59,11 @@ function growth(kind) {
   return Object.fromEntries(Object.entries(now.status[kind]).map(grown));
 }
 
-/** Mean fill of a queue at the last five looks: a single one may meet a burst. */
-function fill(name) {
-  const queues = looks.slice(-5).map(({ status }) => status.queues[name]).filter(Boolean);
-  return queues.length ? sum(queues.map((queue) => queue.depth / queue.limit)) / queues.length : 0;
-}
-
-/** The step that limits the others: the busiest after the last full queue, as all before that one wait for room. */
-function limiting(status, memoryFull) {
-  const full = (step) => fill(QUEUE_BEFORE[step]) > 0.9 || (memoryFull && step === "preprocess");
-  let first = Math.max(0, STEPS.findLastIndex(full));
-  if (STEPS[first] === "process") first -= 1; // one queue is before both
-  const busy = (step) => (status.busy[step] ?? 0) + (step === limit ? 0.03 : 0); // no flicker between equals
-  return STEPS.slice(first).reduce((best, step) => (busy(step) > busy(best) ? step : best));
-}
-
-/** Which setting would change a step. */
-function advice(step, { settings, model, download_concurrency: downloads }) {
-  const named = (name, now) => `${name} (${settings[name]}${settings[name] === "auto" && now ? `, now ${now}` : ""})`;
-  return {
-    receive: `A call brings 10 messages at most: raise ${named("receive_threads")}.`,
-    download: `The image hosts or the network are slow, or ${named("download_concurrency", downloads)} is too low.`,
-    preprocess: `Raise ${named("preprocess_workers")} if CPU cores are free, or set min_side in the module.`,
-    process: `Raise ${named("batch_size")} if the device has memory left; else another ` +
-      `${named("precision", model.precision)} or ${named("device", model.device)}.`,
-    callback: `The receivers are slow or refuse, or ${named("callback_concurrency")} is too low.`,
-  }[step];
-}
-
-/** What holds the worker back: how bad that is, in words, and which step to mark with what. */
-function judge(status) {
-  const { state, problems, missing, held, settings } = status;
-  const found = (tone, text, hint, step, tag) => ({ tone, text, hint, step, tag });
-  if (problems.length) return found("bad", `Failing: ${problems[0]}.`, [...problems.slice(1), ...missing].join("; "));
-  if (state === "starting") return found("warn", "Starting: no messages taken yet.", missing.join("; "));
-  if (state !== "running") {
-    return found("warn", `Stopping: ${whole(held)} messages in hand.`, "What is not finished in time is given back.");
-  }
-  if (missing.length) {
-    return found("warn", "Not ready.", missing.join("; "), status.queue.reachable ? null : "receive", "no queue");
-  }
-  if (!held && !status.rate_per_s) return found("good", "Idle: no messages to work on.", "Nothing here holds it back.");
-
-  const memoryFull = status.image_bytes > 0.95 * settings.max_inflight_bytes;
-  const step = limiting(status, memoryFull), busy = status.busy[step] ?? 0, waiting = fill(QUEUE_BEFORE[step]);
-  if (memoryFull && busy < 0.5) {
-    const hint = `Downloads wait for room: raise max_inflight_bytes (${mebibytes(settings.max_inflight_bytes)}).`;
-    return found("warn", "Too little memory for images holds it back.", hint, "download", "waits for memory");
-  }
-  if (busy > 0.85 || waiting > 0.9 || (busy > 0.5 && waiting > 0.5)) {
-    return found("warn", `${step} holds it back: ${percent(busy)} busy.`, advice(step, status), step, "holds it back");
-  }
-  if (busy < 0.05) return found("good", "It keeps up with what arrives.", "Every step has room.");
-  const hint = `With more to do, ${step} would be first (${percent(busy)} busy). ${advice(step, status)}`;
-  return found("good", "It keeps up with what arrives.", hint, step, "busiest");
+/** What a step has done a second over the last seconds: messages, images or requests; null before two looks. */
+function pace(step) {
+  const now = looks.at(-1), then = looks.find(({ at }) => now.at - at <= PACE_MS);
+  const seconds = now.status.uptime_s - then.status.uptime_s; // by the worker's clock: answers come late at times
+  return seconds > 0 ? Math.max(0, now.status.done[step] - then.status.done[step]) / seconds : null;
 }
 
 /** What else one should know of the last minute. */
@@ -135,8 +84,7 @@ function remarks(status) {
 // Showing it
 
 function show(status) {
-  const { state, problems, missing, model } = status, verdict = judge(status);
-  limit = verdict.step;
+  const { state, problems, missing, model, verdict } = status;
   const unready = state === "running" && missing.length > 0;
   const tone = problems.length ? "bad" : unready || state !== "running" ? "warn" : "good";
   put(byId("module"), model.module ?? status.settings.module ?? "cvworker");
@@ -145,7 +93,7 @@ function show(status) {
   showState(state + (problems.length ? ", failing" : unready ? ", not ready" : ""), tone, verdict);
   putList("notes", remarks(status));
   showFlow(status, verdict);
-  showCurve(status);
+  showCurves(status);
   showTables(status);
 }
 
@@ -167,7 +115,9 @@ function putList(id, texts) {
 function showFlow(status, { step, tag }) {
   for (const card of document.querySelectorAll("[data-step]")) {
     const share = status.busy[card.dataset.step] ?? 0, marked = card.dataset.step === step;
+    const done = pace(card.dataset.step);
     put(card.querySelector("b"), percent(share));
+    put(card.querySelector(".pace"), done === null ? "" : `${done < 10 ? tenths(done) : whole(done)}/s`);
     card.querySelector("meter").value = share;
     put(card.querySelector(".tag"), marked ? tag : "");
     if (marked) card.dataset.mark = tag;
@@ -179,26 +129,46 @@ function showFlow(status, { step, tag }) {
     line.querySelector("meter").value = depth / most;
     line.dataset.full = depth >= most;
   }
-  const { download, model, callback } = status.in_hand;
+  const { visible } = status.backlog, { download, model, callback } = status.in_hand;
+  put(byId("backlog"), visible === null ? "–" : whole(visible));
+  put(byId("eta"), visible && status.rate_per_s ? `${duration((1000 * visible) / status.rate_per_s)} at this pace` : "");
+  const batches = pace("batches"), size = status.settings.batch_size;
+  put(byId("batches"), batches ? `batches of ${tenths(pace("process") / batches)}, at most ${size}` : `batches of ${size}`);
   put(byId("hand-receive"), `${whole(status.held)} held in all`);
   put(byId("hand-download"), `${whole(download)} of ${whole(status.download_concurrency)} in hand`);
   put(byId("hand-model"), `${whole(model)} in hand in the model process`);
   put(byId("hand-callback"), `${whole(callback)} in hand`);
 }
 
-function showCurve(status) {
-  const now = looks.at(-1).at, most = Math.max(1, ...looks.map((look) => look.status.rate_per_s));
+/** The least round number that is not below what is to be drawn. */
+function roundUp(most) {
   const power = 10 ** Math.floor(Math.log10(most));
-  const top = [1, 1.5, 2, 3, 4, 5, 6, 8, 10].map((n) => n * power).find((n) => n >= most);
-  const points = looks.map(({ at, status: { rate_per_s: rate } }, n) => {
-    const joined = n && at - looks[n - 1].at <= TIMEOUT_MS; // a pause stays a gap
-    return `${joined ? "L" : "M"}${300 * (1 - (now - at) / CURVE_MS)} ${100 - (100 * rate) / top}`;
+  return [1, 1.5, 2, 3, 4, 5, 6, 8, 10].map((n) => n * power).find((n) => n >= most);
+}
+
+/** Draw lines, a point every so many seconds and the newest at the right; where a value is missing stays a gap. */
+function draw(id, lines, every, least, named) {
+  const values = lines.flat().filter((value) => value !== null), top = roundUp(Math.max(least, ...values));
+  byId(id).querySelectorAll("path").forEach((path, n) => {
+    const points = lines[n].map((value, at) => {
+      const ago = (lines[n].length - 1 - at) * every, joined = at && lines[n][at - 1] !== null;
+      return value === null ? "" : `${joined ? "L" : "M"}${300 * (1 - ago / CURVE_S)} ${100 - (100 * value) / top}`;
+    });
+    path.setAttribute("d", points.join(""));
   });
-  byId("line").setAttribute("d", points.join(""));
-  byId("curve").setAttribute("aria-label", `Messages a second: now ${tenths(status.rate_per_s)}, most ${tenths(most)}`);
-  put(byId("top"), `${top}/s`);
-  put(byId("rate"), tenths(status.rate_per_s));
-  put(byId("pace"), status.pace_per_s ? `it can do about ${tenths(status.pace_per_s)}` : "");
+  put(byId(id).parentElement.querySelector(".top"), named(top));
+}
+
+function showCurves({ history, rate_per_s: rate, pace_per_s: able, latency_ms: latency }) {
+  draw("curve", [[...history.rate_per_s, rate]], history.every_s, 1, (top) => `${top}/s`);
+  byId("curve").setAttribute("aria-label", `Messages a second: now ${tenths(rate)}`);
+  put(byId("rate"), tenths(rate));
+  put(byId("pace"), able ? `it can do about ${tenths(able)}` : "");
+  draw("took", [history.p50_ms, history.p95_ms], history.every_s, 10, duration);
+  const { p50, p95 } = latency.total ?? {}, time = (ms) => (ms === undefined ? "–" : duration(ms));
+  byId("took").setAttribute("aria-label", `Sent to answered: p50 ${time(p50)}, p95 ${time(p95)}`);
+  put(byId("middle"), time(p50));
+  put(byId("late"), time(p95));
 }
 
 function showTables(status) {
@@ -210,6 +180,7 @@ function showTables(status) {
     const rows = keys.map((key) => [OUTCOMES[key] ?? key, whole(grown[key] ?? 0), whole(all[key] ?? 0)]);
     putRows(kind, rows.length ? rows : [["none", 0, 0]]);
   }
+  const since = (seconds) => (seconds === null ? "–" : duration(1000 * Math.round(seconds)));
   const time = (step, which) => (latency[step] ? duration(latency[step][which]) : "–");
   putRows("latency", LATENCIES.map((step) => [step, time(step, "p50"), time(step, "p95")]));
   putRows("facts", [
@@ -219,29 +190,53 @@ function showTables(status) {
     status.processes
       ? ["pipelines", status.processes.map(({ pid, state }) => (pid ? `pid ${pid} ${state}` : state)).join(", ")]
       : ["model process", model.pid ? `pid ${model.pid}` : "–"],
+    ["leases", `${whole(status.held)} held, the oldest sent ${since(status.leases.oldest_s)} ago`],
+    ["leases so far", `${whole(status.leases.extended)} extended, ${whole(status.leases.lost)} lost`],
     ["image memory", `${mebibytes(status.image_bytes)} of ${mebibytes(settings.max_inflight_bytes)}`],
   ]);
+  const latest = status.examples.slice(-EXAMPLES).reverse();
+  const clock = (at) => new Date(1000 * at).toLocaleTimeString("en-GB");
+  putRows("examples", latest.map(({ at, code, id, message }) => [clock(at), code, id, message]));
+  byId("latest").hidden = !latest.length;
   const plain = (value) => (value === null ? "–" : typeof value === "object" ? JSON.stringify(value) : value);
   putRows("settings", Object.entries(settings).map(([name, value]) => [name, plain(value)]));
 }
 
-// Asking
+// Being told, and asking where that fails
 
+function listen() {
+  hush();
+  stream = new EventSource("events");
+  stream.onmessage = ({ data }) => {
+    wait(TIMEOUT_MS, ask);
+    read(data);
+  };
+  stream.onerror = ask; // it does not say what is wrong
+  wait(TIMEOUT_MS, ask);
+}
+
+/** Ask once: for the status where no events come, or why there is none; then listen again. */
 async function ask() {
+  hush();
+  if (asking) return;
   asking = true;
-  let status = null, why = "";
+  let text = "", why = "";
   try {
     const response = await fetch("status.json", { cache: "no-store", signal: AbortSignal.timeout(TIMEOUT_MS) });
-    if (response.ok) status = await response.json();
+    if (response.ok) text = await response.text();
     else why = `it answers HTTP ${response.status}`;
   } catch (error) {
     why = error.name === "TimeoutError" ? `nothing within ${TIMEOUT_MS / 1000} s` : "the connection fails";
   }
   asking = false;
-  schedule(EVERY_MS);
+  wait(EVERY_MS, listen);
+  if (text) read(text);
+  else lost(why);
+}
+
+function read(text) {
   try {
-    if (status) take(status);
-    else lost(why);
+    take(JSON.parse(text));
   } catch (error) { // another version's answer
     console.error(error);
     looks = [];
@@ -252,7 +247,7 @@ async function ask() {
 function take(status) {
   const at = performance.now();
   if (looks.length && status.uptime_s < looks.at(-1).status.uptime_s) looks = []; // it was started anew
-  looks = [...looks.filter((look) => at - look.at <= CURVE_MS), { at, status }];
+  looks = [...looks.filter((look) => at - look.at <= RECENT_MS), { at, status }];
   show(status);
   answeredAt = new Date();
   put(byId("seen"), `Last answer ${answeredAt.toLocaleTimeString()}`);
@@ -267,10 +262,16 @@ function lost(why) {
   if (answeredAt) byId("main").dataset.from = "then";
 }
 
-function schedule(wait) {
+function hush() {
   clearTimeout(timer);
-  if (!document.hidden && !asking) timer = setTimeout(ask, wait);
+  stream?.close();
+  stream = null;
 }
 
-document.addEventListener("visibilitychange", () => schedule(0));
-schedule(0);
+function wait(ms, then) {
+  clearTimeout(timer);
+  if (!document.hidden) timer = setTimeout(then, ms);
+}
+
+document.addEventListener("visibilitychange", () => (document.hidden ? hush() : listen()));
+if (!document.hidden) listen();

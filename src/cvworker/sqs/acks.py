@@ -18,6 +18,7 @@ from cvworker.sqs.queue import MAX_BATCH, SQS_ERRORS, Failed
 
 if TYPE_CHECKING:
     from cvworker.clock import Clock
+    from cvworker.observe.spans import Traces
     from cvworker.sqs.leases import Lease
     from cvworker.sqs.queue import Queue
 
@@ -60,6 +61,7 @@ class Acks:
         self._stopping = False
         self._give_up_at = math.inf
         self._failures = 0
+        self.traces: Traces | None = None
         self.thread = threading.Thread(target=self._run, name="acks", daemon=True)
 
     def start(self) -> None:
@@ -113,8 +115,10 @@ class Acks:
     def _send(self, acks: list[_Ack]) -> bool:
         """One call; False if some of it must be tried again."""
         receipts = [ack.lease.receipt for ack in acks]
+        leases = [ack.lease for ack in acks]
         try:
-            failed = self._call(acks, receipts)
+            with self.traces.settle(leases) if self.traces is not None else nullcontext():
+                failed = self._call(acks, receipts)
         except SQS_ERRORS as error:
             log.warning("sqs could not be told", operation="ack", messages=len(acks), error=_one_line(error))
             failed = {i: Failed(i, "", permanent=False) for i in range(len(acks))}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +31,8 @@ class Lease:
     lost: bool = False
     ending: bool = False
     """Its visibility is being set to what its outcome asks for: an extension would undo that."""
+    spans: list[Any] = field(default_factory=list)
+    """Its jobs' spans, where there are traces."""
 
 
 class LeaseTable:
@@ -125,6 +127,11 @@ class LeaseTable:
                 lease.lost = True
                 del self._leases[lease.message_id]
             return gone
+
+    def oldest_age(self, now: float) -> float:
+        """Seconds since the oldest message held was sent; ``now`` is in seconds since the epoch."""
+        with self._lock:
+            return max((now - lease.sent_at for lease in self._leases.values()), default=0.0)
 
     def held(self) -> list[Lease]:
         with self._lock:

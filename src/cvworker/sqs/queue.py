@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from cvworker.errors import StartupError
 
 if TYPE_CHECKING:
     from types_boto3_sqs import SQSClient
+    from types_boto3_sqs.literals import QueueAttributeNameType
     from types_boto3_sqs.type_defs import MessageTypeDef
 
 MAX_BATCH = 10
@@ -33,6 +35,11 @@ SETTLE_TIMEOUT_S = 6
 """These calls take milliseconds; one that hangs must leave time to try again before a lease ends."""
 LOST_CODES = frozenset({"ReceiptHandleIsInvalid", "MessageNotInflight", "InvalidParameterValue"})
 MAX_VISIBILITY_S = 43200
+BACKLOG: dict[str, QueueAttributeNameType] = {
+    "visible": "ApproximateNumberOfMessages",
+    "hidden": "ApproximateNumberOfMessagesNotVisible",
+    "delayed": "ApproximateNumberOfMessagesDelayed",
+}
 SQS_ERRORS = (BotoCoreError, ClientError)
 T = TypeVar("T")
 
@@ -66,7 +73,11 @@ class Queue:
         self.max_receives: int | None = None
         self.dead_letter_arn: str | None = None
         self.called: Callable[[str, str], object] = lambda _operation, _outcome: None
-        """Told of each call that settles or extends messages, and whether it was ``ok`` or an ``error``."""
+        """Told of each call but receives, and whether it was ``ok`` or an ``error``."""
+        self.message_attributes: list[str] = []
+        """Names of the client's own attributes that messages are to be received with."""
+        self.received: Callable[[list[MessageTypeDef], float], object] | None = None
+        """Told of the messages that a call brought, and when it began, in seconds since the epoch."""
 
     @classmethod
     def open(cls, url: str, *, receive_threads: int = 3, wait_s: int = 10) -> Queue:
@@ -94,14 +105,26 @@ class Queue:
 
     def receive(self, at_most: int, visibility: int, wait_s: int | None = None) -> list[MessageTypeDef]:
         """One long poll for up to ten messages."""
+        began = time.time()
         answer = self._polling.receive_message(
             QueueUrl=self.url,
             MaxNumberOfMessages=min(at_most, MAX_BATCH),
             WaitTimeSeconds=self.wait_s if wait_s is None else wait_s,
             VisibilityTimeout=visibility,
             MessageSystemAttributeNames=["ApproximateReceiveCount", "SentTimestamp"],
+            MessageAttributeNames=self.message_attributes,
         )
-        return answer.get("Messages", [])
+        messages = answer.get("Messages", [])
+        if messages and self.received is not None:
+            self.received(messages, began)
+        return messages
+
+    def backlog(self) -> dict[str, int]:
+        """About how many messages SQS has, by :data:`BACKLOG`'s names."""
+        with self._told("get_attributes"):
+            answer = self._settling.get_queue_attributes(QueueUrl=self.url, AttributeNames=list(BACKLOG.values()))
+        found = answer.get("Attributes", {})
+        return {state: int(value) for state, name in BACKLOG.items() if (value := found.get(name)) is not None}
 
     def delete(self, receipts: Sequence[str]) -> list[Failed]:
         """Delete up to ten messages; what SQS refused comes back (HTTP 200 can carry failures)."""

@@ -57,6 +57,7 @@ class Inference:
         failed: Callable[[Job, JobError], None],
         dropped: Callable[[Job], None],
         batch_done: Callable[[int, float], None] = lambda _size, _seconds: None,
+        brought_back: Callable[[], None] = lambda: None,
     ) -> None:
         self._config = config
         self._arena_fd = arena_fd
@@ -67,9 +68,13 @@ class Inference:
         self._failed = failed
         self._dropped = dropped
         self._batch_done = batch_done
+        self._brought_back = brought_back
+        self.traced: Callable[[list[Job], float], None] | None = None
+        """Told of each batch that was run, and for how many seconds, where there are traces."""
         self._jobs: dict[int, Job] = {}
         self._room = threading.Condition()
         self._suspects: set[int] = set()
+        self._decoding: set[int] = set()
         self._progress_at = clock.monotonic()
         self._taking = False
         self._batch_since: float | None = None
@@ -193,6 +198,8 @@ class Inference:
         if "started" in frame:
             self._suspects = set(frame["started"])
             self._batch_since = self._clock.monotonic()
+        elif "decoding" in frame:
+            self._decoding = set(frame["decoding"])
         elif "failed" in frame:
             number, name, text = frame["failed"]
             if (job := self._forget(number)) is not None:
@@ -202,6 +209,8 @@ class Inference:
             self._restarts = 0
             rows = frame["done"]
             self._batch_done(len(rows), frame["busy"])
+            if self.traced is not None:
+                self.traced([job for row in rows if (job := self._jobs.get(row[0])) is not None], frame["busy"])
             for number, preprocess_ms, process_ms, result, error in rows:
                 job = self._forget(number)
                 if job is None:
@@ -227,7 +236,9 @@ class Inference:
         how = link.how_it_ended()
         self._restarts += 1
         self.restarts += 1
-        guilty, self._suspects, self._batch_since = self._suspects, set(), None
+        self._brought_back()
+        guilty, self._batch_since = self._suspects | self._decoding, None
+        self._suspects, self._decoding = set(), set()
         log.error("the model process ended", pid=link.pid, ended=how, held=len(self._jobs), in_process=len(guilty))
         for job in self.held():
             if job.number in guilty:

@@ -1,0 +1,1 @@
+"""``cvworker pack``: a checkpoint as people have it → a weights file that describes itself."""
