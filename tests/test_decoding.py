@@ -321,3 +321,17 @@ def test_a_picture_that_ends_the_process_in_the_decoder_is_answered_from_the_cpu
     assert other["mean"] == pytest.approx(GREY, abs=2)
     assert line.step.restarts == 1
     assert line.step.failure is None
+
+
+def test_a_stop_waits_for_what_the_device_has_refused() -> None:
+    # given pictures that all come back from the device, handed over together
+    line = Line(a_config(ON_DEVICE, batch_size=4), Clock())
+    jobs = [job for _ in range(6) for job in line.put(a_job(), image=plain(RED))]
+    line.step.start()
+    line.wait(jobs[0])
+    # when no more will come
+    line.inbox.close()
+    line.step.stop(30)
+    # then all are answered, from the CPU
+    assert [line.ended[job.number]["on_device"] for job in jobs] == [False] * 6
+    assert not line.step.held()

@@ -270,7 +270,7 @@ def test_decoders_may_not_scale_what_boxes_are_measured_in(detect: Detect) -> No
         ({"max_size": "64"}, "has metadata 'max_size' 64 below its 'input_size' 128"),
         ({"architecture": "resnet18"}, "must name one of torchvision's box detectors, such as"),
         ({"architecture": "maskrcnn_resnet50_fpn"}, "must name one of torchvision's box detectors, such as"),
-        ({"architecture": "ssdlite320_mobilenet_v3_large"}, "has '"),
+        ({"architecture": "ssdlite320_mobilenet_v3_large"}, "lacks the tensor '"),
         ({"classes": '["bomb", "ball"]'}, "has metadata 'classes' that begin with 'bomb', but output 0 of ssdlite"),
         ({"classes": '["__background__", "ball"]'}, " with 2 classes needs "),
     ],

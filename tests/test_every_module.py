@@ -7,12 +7,16 @@ A way takes a module and pictures, and gives one result for each, in order. Anot
 from __future__ import annotations
 
 import io
+import json
 import math
+import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.dataset
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -20,6 +24,7 @@ from PIL import Image, ImageDraw
 from cvworker.loading import DEMO, installed, load
 from cvworker.testing import call_hooks, run
 from modules.examples import WEIGHTS, spec_of, weights_of
+from world import BIN
 
 ABSOLUTE, RELATIVE = 2e-3, 1e-3
 """Numbers with a fraction agree that differ by no more: batches of other sizes are added up in another order."""
@@ -50,11 +55,27 @@ def by_hooks_one_at_a_time(case: Case, pictures: Sequence[bytes]) -> list[Any]:
     return list(call_hooks(case.spec, pictures, weights=case.weights, batch_size=1))
 
 
+def by_bulk(case: Case, pictures: Sequence[bytes]) -> list[Any]:
+    """``cvworker bulk`` over a folder with the pictures, in processes of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        images, results = Path(folder, "images"), Path(folder, "results")
+        images.mkdir()
+        for number, picture in enumerate(pictures):
+            (images / f"{number:02}.jpg").write_bytes(picture)  # what it is, is told by its bytes
+        command = [BIN / "cvworker", "bulk", "--module", case.spec, "--input", images, "--output", results]
+        weights = ["--weights", case.weights] if case.weights else []
+        fixed = ["--precision", "fp32", "--optimize", "off", "--preprocess-workers", "1", "--batch-size", "4"]
+        done = subprocess.run([*command, *weights, *fixed], capture_output=True, text=True, timeout=300, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        rows = pyarrow.dataset.dataset(sorted(results.glob("*.parquet"))).to_table().to_pylist()
+    return [json.loads(row["result"]) for row in sorted(rows, key=lambda row: row["image_url"])]
+
+
 WAYS: dict[str, Callable[[Case, Sequence[bytes]], list[Any]]] = {
     "worker": by_worker,
     "hooks": by_hooks,
     "hooks one at a time": by_hooks_one_at_a_time,
-    # "bulk": by_bulk, in a process of its own
+    "bulk": by_bulk,
 }
 
 

@@ -184,7 +184,7 @@ def test_a_whole_module_is_told_how_to_be_saved(
         (["model.pth", "--classes", "nope.txt"], "classes: nope.txt cannot be read"),
         (["model.pth", "--classes", "number.json"], "must hold a JSON list"),
         (["model.pth", "--classes", "classes.txt", "--architecture", "resnet999"], "torchvision has no 'resnet999'"),
-        (["model.pth", "--classes", "classes.txt", "--architecture", "alexnet"], "classifier.1.weight"),
+        (["model.pth", "--classes", "classes.txt", "--architecture", "alexnet"], "but alexnet with 3 classes needs"),
         (["model.pth", "--classes", "classes.txt", "--mean", "1,2"], "mean: three numbers"),
         (["model.pth", "--classes", "classes.txt", "--meta", "{"], "meta: not JSON"),
         (["model.pth", "--classes", "classes.txt", "--module", "threat"], "--meta"),

@@ -7,7 +7,6 @@ import html
 import itertools
 import json
 import re
-import time
 from html.parser import HTMLParser
 
 import aiohttp
@@ -217,23 +216,14 @@ def test_events_bring_the_status_once_a_second():
 
 
 def test_pages_that_listen_do_not_hold_up_the_end():
-    async def visit(base):
-        session = aiohttp.ClientSession()
-        response = await session.get(base + "/events")
-        await response.content.readuntil(b"\n\n")
-        return session, response, time.monotonic()
-
-    async def close(session):
-        await session.close()
-
     async def main():
         endpoints = Endpoints(problems=list, missing=list, status=worker_status, metrics=bytes)
         await endpoints.start("127.0.0.1", 0)
-        session, response, began = await visit(f"http://127.0.0.1:{endpoints.port}")
-        await endpoints.stop()
-        assert time.monotonic() - began < 10
-        assert await response.content.read() in (b"", response), "the stream has ended"
-        await close(session)
+        async with aiohttp.ClientSession() as session:
+            response = await session.get(f"http://127.0.0.1:{endpoints.port}/events")
+            await response.content.readuntil(b"\n\n")
+            await asyncio.wait_for(endpoints.stop(), 20)
+            await response.content.read()  # the stream has ended, in order
 
     asyncio.run(main())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import shutil
 import socket
@@ -111,7 +112,11 @@ def measure(plan: Plan, seconds: float, tell: Tell) -> Sample:
             time.sleep(LOOK_S)
             if process.poll() is not None:
                 raise Failed(f"it ended with {process.returncode}:\n{log.read_text()[-2000:]}")
-            return peer.counts()
+            try:
+                return peer.counts()
+            except (OSError, http.client.HTTPException) as error:
+                ended = peer.process.poll()
+                raise Failed(f"the world (queue, host, receiver) is silent, exit code {ended}: {error}") from None
 
         began = peer.counts()["at"]
         while not (now := look())["callbacks"]:

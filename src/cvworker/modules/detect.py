@@ -106,7 +106,7 @@ class Detect(Weighted):
 
         from cvworker.embedded import pictures
 
-        drawn = pictures.draw(4, (640, 480))
+        drawn = pictures.draw(16, (640, 480))
         return torch.from_numpy(numpy.array(drawn.image)).permute(2, 0, 1).contiguous()
 
     def _scaled(self, height: int, width: int) -> tuple[int, int]:

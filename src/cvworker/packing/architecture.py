@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import re
 import warnings
@@ -48,11 +49,9 @@ def recognise(tensors: Mapping[str, Tensor], classes: int | None) -> str | None:
     parts = {name.partition(".")[0] for name in tensors}
     for _, family in itertools.groupby(names(), key=_family):
         for number, name in enumerate(family):
-            outputs = classes or outputs_of(name, tensors) or COCO_OUTPUTS
-            shapes = _shapes(name, outputs)
-            if number == 0 and {each.partition(".")[0] for each in shapes} != parts:
+            if number == 0 and {each.partition(".")[0] for each in _shapes(name)} != parts:
                 break  # those of one family have the same parts, and there are five times fewer families
-            if _fits(shapes, tensors):
+            if _fits(name, classes or outputs_of(name, tensors) or COCO_OUTPUTS, tensors):
                 return name
     return None
 
@@ -61,9 +60,8 @@ def outputs_of(name: str, tensors: Mapping[str, Tensor]) -> int | None:
     """How many outputs the tensors of a classifier are for; a detector's do not say."""
     if is_detector(name):
         return None
-    heads = (each for each, shape in _shapes(name, PROBE).items() if shape[:1] == (PROBE,) and each in tensors)
-    head = next(heads, None)
-    return None if head is None or not tensors[head].dim() else tensors[head].shape[0]
+    head = next((each for each, shape in _shapes(name).items() if shape[:1] == (PROBE,)), "")
+    return tensors[head].shape[0] if head in tensors and tensors[head].dim() else None
 
 
 def names() -> list[str]:
@@ -112,23 +110,24 @@ class _WithoutMemory(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _shapes(name: str, classes: int) -> dict[str, torch.Size]:
+@functools.cache
+def _shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """The tensors of an architecture, where it has :data:`PROBE` outputs."""
     # Detectors run their backbone once to see what comes out of it: they need values.
     mode = contextlib.nullcontext() if is_detector(name) else _WithoutMemory()
-    try:
-        with warnings.catch_warnings(), mode:
-            warnings.simplefilter("ignore")  # some speak of initial values
-            return {name: tensor.shape for name, tensor in _model(name, classes).state_dict().items()}
-    except (ValueError, RuntimeError, AssertionError):
-        return {}  # not with so many classes
+    with warnings.catch_warnings(), mode:
+        warnings.simplefilter("ignore")  # some speak of initial values
+        return {each: tuple(tensor.shape) for each, tensor in _model(name, PROBE).state_dict().items()}
 
 
 def _family(name: str) -> str:
     return re.sub(r"[\d_].*", "", name)
 
 
-def _fits(shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> bool:
-    known = {name: shape for name, shape in shapes.items() if not name.endswith(COUNTER)}
-    return bool(known) and known == {
-        name: tensor.shape for name, tensor in tensors.items() if not name.endswith(COUNTER)
-    }
+def _fits(name: str, outputs: int, tensors: Mapping[str, Tensor]) -> bool:
+    found = {each: tuple(tensor.shape) for each, tensor in tensors.items() if not each.endswith(COUNTER)}
+    shapes = {each: shape for each, shape in _shapes(name).items() if not each.endswith(COUNTER)}
+    return shapes.keys() == found.keys() and all(
+        found[each] == tuple(size // PROBE * outputs if size % PROBE == 0 else size for size in shape)  # RetinaNet: 9 n
+        for each, shape in shapes.items()
+    )
