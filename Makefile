@@ -14,8 +14,8 @@ setup: ## make or update .venv with everything in it (PYTHON=python3.12 picks th
 demo: setup ## run the whole worker on this machine, queue and callbacks included (ARGS='--help')
 	@.venv/bin/cvworker demo $(ARGS)
 
-test: lint ## lint, check types and run all tests, two at a time (ARGS='-k name -n 0')
-	$(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+test: lint ## lint, check types and run all tests, three at a time (ARGS='-k name -n 0')
+	$(python) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: setup ## half an hour of mixed faults against whole workers (ARGS='--seconds 300 --seed 7')
 	$(python) -m load.faults mixed --seconds 1800 $(ARGS)
