@@ -73,7 +73,9 @@ class Job:
         self._begun = before is not None
         # A path is told to the actors as it was found here; what must be fetched, each machine fetches for itself.
         place = s.weights.partition("#")[0] if s.weights else ""
-        self._weights = s.weights if s.weights in (None, DEMO) or "://" in place else local
+        self._weights = (
+            s.weights if s.weights in (None, DEMO) or "://" in place else f"{local}#{_digest(record.weights)}"
+        )
         self.name = cls.name
 
     @property
@@ -210,6 +212,11 @@ def _results(pieces: list[pa.Table], work: Work, sizes: Pools) -> Iterator[pa.Ta
         yield from (table for table in data.iter_batches(batch_size=None, batch_format="pyarrow") if len(table))
     except (ray.exceptions.RayError, RuntimeError) as error:
         raise WorkerFailed(f"{_one_line(error)}; run it again to go on") from None
+
+
+def _digest(weights: str | None) -> str:
+    """As a fragment of ``--weights``: what was checked here is what the actors load, exported programs included."""
+    return (weights or "").replace("sha256:", "sha256=")
 
 
 def _absolute(spec: str) -> str:
