@@ -11,6 +11,7 @@ from cvworker.modules.spec import MAX_SIDE, UNUSED, Spec, is_number
 from cvworker.modules.weighted import Weighted
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 SCORE_THRESHOLD = 0.5
@@ -55,6 +56,16 @@ class Detect(Weighted):
         from cvworker.modules.detectors import build
 
         return build(self.spec, self.score_threshold)
+
+    def load_exported(self, device: torch.device) -> nn.Module:
+        """A ``torch.export`` program or an ONNX model: see :mod:`cvworker.modules.programs`."""
+        from cvworker.modules.programs import load_detector
+
+        if self.max_size is not None:
+            raise self.spec.refuse(
+                "has metadata 'max_size', but an exported detector takes squares; export one for them"
+            )
+        return load_detector(self.spec, device, self.score_threshold)
 
     def preprocess(self, image: Tensor) -> dict[str, Tensor]:
         """Scale ``uint8 [3, H, W]``: ``image`` is ``uint8 [3, h, w]``, ``size`` the original's W and H, ``int32 [2]``.
