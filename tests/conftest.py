@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from world import MiniStack, World, world
 
@@ -15,6 +16,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's & has it: 
 for name in list(os.environ):  # a developer's own settings and credentials must not reach the tests
     if name.startswith(("CVWORKER_", "AWS_")):
         del os.environ[name]
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """Commands that a test calls in its own process set logging up for all of it, and for pytest's own stdout."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

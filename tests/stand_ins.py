@@ -77,7 +77,7 @@ class Stage:
         status = {"refused": 400, "busy": 503, "gone": 410}.get(how, 200)
         if status in (200, 410):
             self.accepted.add(key)
-        yield SimpleNamespace(status=status, headers={}, content=SimpleNamespace(read=lambda _n: asyncio.sleep(0)))
+        yield SimpleNamespace(status=status, header=lambda _name: "", has_come=True)
 
 
 class Fetches:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import threading
 import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cvworker.pipeline import Pipeline
+from cvworker.settings import Settings
+from cvworker.worker import Worker
 from world import MODULES, WorkerProcess, World, fetch, poll, status_of
 
 SLOW = f"{MODULES / 'mean.py'}:Slow"
@@ -260,6 +264,22 @@ def test_pipelines_end_in_order_when_their_supervisor_is_killed(fast_world: Worl
     # then they end by themselves, and nothing stays hidden
     poll(lambda: gone(relatives), 10, "none is left")
     assert here.counts()[1] == 0
+
+
+@pytest.mark.parametrize("end", ["closed", "reset"])
+def test_a_pipeline_stops_however_the_line_to_its_supervisor_ends(end: str) -> None:
+    async def scenario() -> None:
+        reader = asyncio.StreamReader()
+        pipeline = Pipeline(Settings(), reader, cast(asyncio.StreamWriter, None))
+        pipeline.worker = cast(Worker, object())
+        if end == "closed":
+            reader.feed_eof()
+        else:  # as when the supervisor is killed with a report unread
+            reader.set_exception(ConnectionResetError())
+        await pipeline._listen()
+        assert pipeline._stop_asked.is_set()
+
+    asyncio.run(scenario())
 
 
 def test_idle_pipelines_end_with_0_when_asked_to(fast_world: World) -> None:

@@ -59,7 +59,7 @@ def answer_body(
     answer: dict[str, Any] = {"id": request.id, "status": "ok" if error is None else "error"}
     answer["task"] = worker.module if request.task is None else request.task
     if error is None:
-        if not isinstance(result, Mapping):
+        if type(result) is not dict and not isinstance(result, Mapping):
             raise ProcessFailed("the module's result is not a mapping")
         answer["result"] = dict(result)
     else:

@@ -64,11 +64,14 @@ class Pipeline(Service):
         yield
 
     async def _listen(self) -> None:
-        while words := (await self._reader.readline()).split():
-            if words[0] == b"report":
-                self._say({**self._report(), "number": int(words[1])})
-            else:
-                self._stop()
+        try:
+            while words := (await self._reader.readline()).split():
+                if words[0] == b"report":
+                    self._say({**self._report(), "number": int(words[1])})
+                else:
+                    self._stop()
+        except OSError:  # it ended with a report of ours unread, which resets the connection
+            pass
         log.warning("the supervisor is gone; stopping")
         self._stop()
         asyncio.get_running_loop().call_later(self.settings.shutdown_grace + LATE_S, os._exit, 1)

@@ -145,7 +145,7 @@ class MyModel(Module):
         self.model = torch.nn.Sequential(*(torch.nn.Conv2d(3, 3, 9, padding=4) for _ in range(4)))
 
     def preprocess(self, image):
-        return image.float() / 255
+        return image[:, :32, :32].float() / 255
 
     def process(self, batch):
         return [{"mean": value} for value in self.model(batch).mean((1, 2, 3)).tolist()]

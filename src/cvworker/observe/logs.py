@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import MutableMapping
@@ -19,9 +20,17 @@ _SHARED: list[Any] = [
 _TRACEBACKS = structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False))
 
 
+_ENCODER = json.JSONEncoder(default=repr)
+
+
 def _in_order(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """What people look for first comes first."""
     return {name: line.pop(name) for name in ("timestamp", "level", "event") if name in line} | dict(line)
+
+
+def _json(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> str:
+    """As structlog's JSONRenderer, which makes an encoder for each line: there is a line for each message."""
+    return _ENCODER.encode(line)
 
 
 def configure(log_format: str, level: str, **marks: Any) -> None:
@@ -39,7 +48,7 @@ def configure(log_format: str, level: str, **marks: Any) -> None:
     least = getattr(logging, level.upper())
     renderer: list[Any]
     if as_json:
-        renderer = [_TRACEBACKS, _in_order, structlog.processors.JSONRenderer()]
+        renderer = [_TRACEBACKS, _in_order, _json]
     else:
         renderer = [
             structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty(), exception_formatter=structlog.dev.plain_traceback)
