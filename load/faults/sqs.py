@@ -93,7 +93,7 @@ class Sqs:
             return _answer({}, 400)
         self._ledger.note(Kind.CALL, worker=worker, note=operation)
         fault = ""
-        if operation != "GetQueueAttributes":  # only asked for at start, where failing is the worker's right answer
+        if operation != "GetQueueAttributes":  # at start, where failing is right, and for the metrics
             fault = self._chance.fault("receive" if operation == "ReceiveMessage" else "batch", operation)
         if self._ledger.clock() < self.down_until:
             fault = "503"
