@@ -392,6 +392,29 @@ def test_a_host_has_to_wait_while_nobody_takes_what_it_sends() -> None:
     run(scenario())
 
 
+def test_a_body_that_came_whole_before_it_was_asked_for_leaves_the_connection_usable() -> None:
+    picture = bytes(HELD_BYTES + 1000)
+
+    async def the_end_apart(writer: asyncio.StreamWriter) -> None:
+        for part in (page(picture)[:-1000], page(picture)[-1000:]):
+            writer.write(part)
+            await writer.drain()
+            await asyncio.sleep(0.05)
+
+    async def scenario() -> None:
+        async with host([the_end_apart, PLAIN]) as images, session() as http:
+            async with http.get(images.url) as response:
+                async with asyncio.timeout(10):
+                    while not response.has_come:
+                        await asyncio.sleep(0)
+                assert await in_place(response) == picture
+            async with http.get(images.url, timeout=10) as response:
+                assert await body_of(response) == BODY
+            assert images.requests == [2]
+
+    run(scenario())
+
+
 def test_nothing_is_written_into_memory_that_its_reader_has_given_up() -> None:
     async def scenario() -> None:
         go_on = asyncio.Event()

@@ -252,7 +252,7 @@ class Connection(asyncio.BufferedProtocol):
             if count < len(data):
                 self._keep = False  # more than was announced: whatever follows, it is no response of ours
         self._wake()
-        if len(self._held) > HELD_BYTES and not self._paused and not self.is_closing:
+        if len(self._held) > HELD_BYTES and not (self.complete or self._paused or self.is_closing):
             assert self._transport is not None
             self._paused = True
             self._transport.pause_reading()
