@@ -24,7 +24,9 @@ PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat1
 ABSOLUTE, RELATIVE = 0.01, 0.02
 """Numbers agree that differ by no more than 0.01 + 2 % of fp32's."""
 GAIN = 1.1
-"""How many times as fast something must be to be used: less than that is noise, or not worth another rounding."""
+"""How many times as fast another precision must be to be used: less than that is not worth another rounding."""
+FORM_GAIN = 1.03
+"""The same for another form in the same precision, which costs nothing but may be noise."""
 ROUNDS = 2, 7
 """Timed batches of each, at least and at most; medians are compared."""
 BUDGET_MS = 1500.0
@@ -83,8 +85,8 @@ class Tuning:
     """Tries setups one after the other beside the best so far, and leaves the best of them in place.
 
     A setup is used if its results for a full batch of warm-up images agree with the first one's (:func:`difference`),
-    and if it is :data:`GAIN` times as fast as the best so far: medians of batches that are run in turn, so that what
-    else the machine does meets both.
+    and if it is :data:`GAIN` (:data:`FORM_GAIN`) times as fast as the best so far: medians of batches that are run in
+    turn, so that what else the machine does meets both.
     """
 
     def __init__(self, bench: Bench, samples: list[Sample], first: Setup, *, budget_ms: float = BUDGET_MS) -> None:
@@ -137,7 +139,7 @@ class Tuning:
                     self._milliseconds(self._batch)
                 times[each].append(self._milliseconds(self._batch))
         ratio = median(old) / max(median(new), 1e-6)
-        taken = ratio >= GAIN
+        taken = ratio >= (FORM_GAIN if setup.precision == before.precision else GAIN)
         why = f"{'used' if taken else 'not used'}, {ratio:.2f} times as fast"
         return Trial(str(setup), taken, why, str(before), median(new), median(old), self._batch)
 
