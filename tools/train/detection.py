@@ -32,7 +32,7 @@ CLASSES = (BACKGROUND, *sorted((*pictures.THREATS, *pictures.HARMLESS)))
 MOST = 3  # objects in a picture
 LEFT_VISIBLE = 0.5  # of an object that is moved over the edge; with less in sight it is not asked for
 LOWEST_SCORE = 0.01
-DEFAULTS = {"pictures": 16_000, "epochs": 1, "batch_size": 16, "lr": 2e-3, "threads": 1}
+DEFAULTS = {"pictures": 16_000, "epochs": 3, "batch_size": 16, "lr": 2e-3, "threads": 1}
 
 
 def shown(seed: int) -> dict[str, np.ndarray]:
