@@ -1,6 +1,6 @@
 # Plain make from 3.81 on, with sh. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak compare device lint format docs constraints clean distclean
+.PHONY: help setup demo test soak compare device lint format docs site constraints clean distclean
 
 # Every tool runs as a module of .venv's Python: scripts on PATH may belong to another environment.
 python := .venv/bin/python
@@ -40,6 +40,10 @@ format: setup ## put the code into the project's form
 
 docs: setup ## write docs/settings.md anew from the settings class
 	@$(python) tools/settings_reference.py
+
+site: setup ## the documentation as a site, in build/site; a link that leads nowhere fails
+	$(python) -m sphinx -W --keep-going -n -q -b html docs build/site
+	@echo build/site/index.html
 
 constraints: ## pin anew what make setup installs, in constraints.txt (takes minutes and a second environment)
 	@sh tools/setup.sh constraints
