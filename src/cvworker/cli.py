@@ -31,14 +31,29 @@ COMMANDS = {
     ),
     "send": Command("cvworker.commands.send:Send", "enqueue requests from a file, stdin or an s3:// prefix"),
     "bulk": Command("cvworker.commands.bulk:Bulk", "run a module over a manifest of stored images, on Ray Data"),
+    "plan": Command(
+        "cvworker.commands.plan:Plan",
+        "how many of which machine: latency and price a month, from a profile and a day of traffic",
+    ),
     "check": Command(
         "cvworker.commands.check:Check",
         "try settings, queue and module: each hook's shapes, types and time; touches no message",
     ),
     "new": Command("cvworker.commands.new:New", "write a package with a module, a test of it and a Dockerfile"),
     "pack": Command("cvworker.commands.pack:Pack", "turn a checkpoint into a weights file that describes itself"),
+    "export": Command(
+        "cvworker.commands.export:Export",
+        "write a module's network as torch.export, ONNX, int8, AOTInductor or TensorRT",
+    ),
+    "verify": Command(
+        "cvworker.commands.verify:Verify", "compare an exported or faster network with the original in fp32"
+    ),
     "dlq": Command("cvworker.commands.dlq:Dlq", "look at what failed; send it back to the queue"),
     "top": Command("cvworker.commands.top:Top", "watch running workers in the terminal: what each does and lacks"),
+    "profile": Command(
+        "cvworker.commands.profile:Profile", "measure a module here: which batch size, which precision, what bounds it"
+    ),
+    "cost": Command("cvworker.commands.cost:Cost", "what a million images cost on which machine, from profiles"),
     "modules": Command("cvworker.commands.modules:Modules", "list the modules that are installed"),
     "healthcheck": Command("cvworker.commands.healthcheck:Healthcheck", "ask a running worker whether it is alive"),
 }

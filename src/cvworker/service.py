@@ -224,6 +224,7 @@ class Service:
                 "module": ready.get("name"),
                 "device": ready.get("device_name"),
                 "precision": ready.get("precision"),
+                "batch_size": worker.inference.batch_size,
                 "weights": ready.get("weights"),
                 "restarts": worker.inference.restarts,
                 "pid": worker.inference.pid,

@@ -23,6 +23,7 @@ from cvworker.egress import PORTS, check_proxy, port_ranges, without_credentials
 
 PREFIX = "CVWORKER_"
 MIB = 1024 * 1024
+AUTO = "auto"
 SECRETS_VARIABLE = "CVWORKER_SECRETS_DIR"
 SECRETS_DIR = Path("/run/secrets")
 """Where Docker and Podman put a container's secrets, a file for each."""
@@ -55,12 +56,24 @@ def _namespace(name: str) -> str:
     return name
 
 
+def _batch_size(value: Any) -> Any:
+    if value == AUTO or (isinstance(value, str) and value.startswith(f"{AUTO}:") and len(value) > len(AUTO) + 1):
+        return value
+    try:
+        if not isinstance(value, bool) and (number := int(value)) >= 1 and number == float(value):
+            return number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError("takes a whole number from 1, auto, or auto:FILE with a profile.json of 'cvworker profile'")
+
+
 def setting(group: str, default: Any, description: str, unit: str = "", **constraints: Any) -> Any:
     """A field with the group and the unit that the reference in ``docs/`` shows."""
     text = f"{description} [{unit}]" if unit else description
     return Field(default, description=text, json_schema_extra={"group": group, "unit": unit}, **constraints)
 
 
+BatchSize = Annotated[int | str, BeforeValidator(_batch_size)]
 AutoInt = Literal["auto"] | Annotated[int, Field(ge=1)]
 AutoCount = Literal["auto"] | Annotated[int, Field(ge=0)]
 TextList = Annotated[list[str], NoDecode, BeforeValidator(_split)]
@@ -147,7 +160,13 @@ class Settings(CommandLine):
         "Forms of the module's self.model, each used only if measured faster at start with unchanged answers; "
         "auto: channels-last; full: also torch.compile and CUDA graphs, which makes the start minutes longer",
     )
-    batch_size: int = setting("Module", 8, "Samples in a batch at most", "images", ge=1)
+    batch_size: BatchSize = setting(
+        "Module",
+        8,
+        "Samples in a batch at most; auto measures at start which number is best, within a few seconds; "
+        "auto:FILE takes what a profile.json of 'cvworker profile' recommends",
+        "images",
+    )
     max_wait_ms: float = setting("Module", 20, "A batch leaves when its first sample has waited this long", "ms", ge=0)
     preprocess_workers: AutoCount = setting(
         "Module", "auto", "DataLoader processes; 0 decodes on threads, without isolation"

@@ -22,7 +22,7 @@ from cvworker.observe import merged_metrics, merged_status
 from cvworker.observe.emf import Emf
 from cvworker.observe.http import Endpoints
 from cvworker.observe.verdict import Judge
-from cvworker.settings import Settings, how_to_set
+from cvworker.settings import AUTO, Settings, how_to_set
 from cvworker.surroundings import Surroundings
 from cvworker.tuning import preprocess_workers
 
@@ -113,11 +113,16 @@ class Supervisor:
             ran.cancel()
 
     def _agree(self, first: Keeper) -> None:
-        """Take the precision that ``auto`` found in one for all: if each measured, their answers might differ."""
-        found = first.status and first.status["model"]["precision"]
-        if self.settings.precision == "auto" and found in PRECISIONS:
-            for keeper in self.keepers:
-                keeper.settings = keeper.settings.model_copy(update={"precision": found})
+        """Take what ``auto`` found in one for all: the precision, as answers might differ if each measured, and the
+        batch size, as they would measure while others work."""
+        found: dict[str, Any] = {}
+        model = first.status["model"] if first.status else {}
+        if self.settings.precision == "auto" and model.get("precision") in PRECISIONS:
+            found["precision"] = model["precision"]
+        if self.settings.batch_size == AUTO and model.get("batch_size"):
+            found["batch_size"] = model["batch_size"]
+        for keeper in self.keepers:
+            keeper.settings = keeper.settings.model_copy(update=found)
 
     async def _stop(self) -> bool:
         """Have all pipelines end in order, each within the same grace; whether they did."""

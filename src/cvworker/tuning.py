@@ -86,7 +86,8 @@ class Tuner:
         self._fixed_limit = max_queue_size
         self._fixed_concurrency = concurrency
         self._visibility = visibility
-        self._batch_size = batch_size
+        self.batch_size = batch_size
+        """Set anew where it is known only once the model is warm."""
         self.pace = Pace()
         self.downloads = LEAST_DOWNLOADS if concurrency == "auto" else concurrency
         self._set_limits()
@@ -108,7 +109,7 @@ class Tuner:
         limit = self._fixed_limit
         if limit == "auto":
             limit = queue_limit(
-                self.pace.rate, visibility=self._visibility, batch_size=self._batch_size, downloads=self.downloads
+                self.pace.rate, visibility=self._visibility, batch_size=self.batch_size, downloads=self.downloads
             )
         for queue in self._queues:
             if queue.limit != limit:

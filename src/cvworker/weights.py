@@ -22,7 +22,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from cvworker.errors import JobError, StartupError, UrlNotAllowed
 from cvworker.loading import DEMO
 from cvworker.messages import is_s3_url, split_s3_url
-from cvworker.modules.metadata import PROGRAM
+from cvworker.modules.metadata import ENGINE, PROGRAM, is_native, runs_code
 from cvworker.net import AddressGuard, GuardedSession, HttpFailed, NameUnknown, Response, TlsFailed, display_url
 from cvworker.settings import how_to_set
 
@@ -61,13 +61,16 @@ def local(weights: str | None, guard: AddressGuard) -> str | None:
     if weights is None or weights == DEMO:
         return weights
     place, digest = _place_and_digest(weights)
-    if digest is None and place.endswith(PROGRAM):
-        raise StartupError(
-            f"weights: an exported program can run code when loaded: say which file you trust, {display_url(place)}"
-            "#sha256=… (sha256sum prints it)"
-        )
+    if digest is None and place.endswith((PROGRAM, ENGINE)):
+        raise _untrusted(place)
     if _is_remote(place):
-        return str(_fetch(place, digest, guard))
+        fetched = _fetch(place, digest, guard)
+        if is_native(fetched):
+            raise StartupError(
+                f"weights: {display_url(place)} holds machine code, which is only loaded from a local path: fetch it "
+                "yourself, and name it with that and its #sha256=…"
+            )
+        return str(_trusted(fetched, digest, place))
     try:
         path = Path(place).expanduser()
         if not path.is_file():
@@ -75,9 +78,23 @@ def local(weights: str | None, guard: AddressGuard) -> str | None:
         with path.open("rb"):
             pass
         _check_digest(path, digest, place)
+        _trusted(path, digest, place)
     except (OSError, RuntimeError) as error:  # RuntimeError: ~ of nobody
         raise StartupError(f"weights: {place} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     return str(path.resolve())
+
+
+def _trusted(path: Path, digest: str | None, place: str) -> Path:
+    if digest is None and runs_code(path):
+        raise _untrusted(place)
+    return path
+
+
+def _untrusted(place: str) -> StartupError:
+    return StartupError(
+        f"weights: an exported program can run code when loaded: say which file you trust, {display_url(place)}"
+        "#sha256=… (sha256sum prints it)"
+    )
 
 
 def _is_remote(place: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
@@ -21,7 +22,7 @@ from cvworker.net import AddressGuard, GuardedSession
 from cvworker.observe.metrics import Metrics
 from cvworker.observe.traces import open_traces
 from cvworker.queues import JobQueue
-from cvworker.settings import Settings, how_to_set
+from cvworker.settings import AUTO, Settings, how_to_set
 from cvworker.signing import Signer
 from cvworker.sqs.acks import Acks
 from cvworker.sqs.backlog import Backlog
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from cvworker.job import Job
     from cvworker.sqs.leases import Lease
 
+FIRST_BATCH = 8
+"""With ``batch_size: auto``, until the best is known."""
 LONG_POLL_S = 10
 """Shorter than SQS's 20 s, because a stop waits for the poll under way: a cut-off one may hide messages."""
 DOWNLOAD_CONNECTIONS = 256
@@ -88,7 +91,7 @@ class Worker:
             max_queue_size=s.max_queue_size,
             concurrency=s.download_concurrency,
             visibility=visibility,
-            batch_size=s.batch_size,
+            batch_size=batch_size(s),
         )
         self.heartbeat = Heartbeat(self.queue, self.leases, clock, metrics.lease_event)
         self.acks = Acks(self.queue, clock, self._ended, self.leases.visibility_calls)
@@ -157,6 +160,7 @@ class Worker:
         ready = self.inference.start()
         if ready.get("warning"):
             log.warning("warm-up failed; the module may dislike its example", reason=ready["warning"])
+        self.tuner.batch_size = self.inference.batch_size
         self.flow.info = WorkerInfo(__version__, ready["name"], ready["weights"], ready.get("precision"))
 
     async def start(self, session: GuardedSession) -> asyncio.Task[None]:
@@ -312,7 +316,8 @@ def model_config(s: Settings, local_weights: str | None, arena_size: int, *, wit
         weights=local_weights,
         device=s.device,
         precision=s.precision,
-        batch_size=s.batch_size,
+        batch_size=batch_size(s),
+        auto_batch=s.batch_size == AUTO,
         max_wait_ms=s.max_wait_ms,
         preprocess_workers=preprocess_workers(os.cpu_count() or 1) if workers == "auto" else workers,
         max_image_pixels=s.max_image_pixels,
@@ -323,6 +328,24 @@ def model_config(s: Settings, local_weights: str | None, arena_size: int, *, wit
         optimize=s.optimize,
         with_example=with_example,
     )
+
+
+def batch_size(s: Settings) -> int:
+    """The setting as a number: what a profile recommends for ``auto:FILE``, what to begin with for ``auto``.
+
+    Raises:
+        StartupError: the profile cannot be read, has no recommendation, or is of another module.
+    """
+    if isinstance(s.batch_size, int):
+        return s.batch_size
+    if s.batch_size == AUTO:
+        return FIRST_BATCH
+    from cvworker.lab.recommend import recommended_batch
+
+    try:
+        return recommended_batch(Path(s.batch_size.removeprefix(f"{AUTO}:")), s.module or "")
+    except StartupError as error:
+        raise StartupError(f"batch_size: {error}") from None
 
 
 def require(s: Settings, *names: str) -> None:

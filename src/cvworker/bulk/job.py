@@ -22,7 +22,8 @@ from cvworker.bulk.suspects import Ledger
 from cvworker.bulk.work import Work
 from cvworker.errors import StartupError, WorkerFailed
 from cvworker.loading import DEMO, load, make
-from cvworker.worker import guard_of, require
+from cvworker.settings import AUTO
+from cvworker.worker import batch_size, guard_of, require
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -55,6 +56,9 @@ class Job:
     def __init__(self, settings: Bulk) -> None:
         s = self._settings = settings
         require(s, "module", "input", "output")
+        if s.batch_size == AUTO:
+            raise StartupError("batch_size: bulk takes a number, or auto:FILE with a profile of 'cvworker profile'")
+        self._batch_size = batch_size(s)
         self._guard = guard_of(s)
         self.store: Store = open_store(s.output or "")
         self._names = self.store.names()
@@ -118,7 +122,7 @@ class Job:
             precision=self._record.precision if begun else s.precision,
             forms=self._record.forms if begun else (),
             optimize="" if begun else s.optimize,
-            batch_size=s.batch_size,
+            batch_size=self._batch_size,
             guard=self._guard,
             buckets=self.manifest.buckets | weights.bucket_of(s.weights) | frozenset(s.allowed_buckets),
             base=self.manifest.base,

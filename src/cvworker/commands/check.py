@@ -72,6 +72,7 @@ class Check(Settings, CheckOptions):
         link = ModelLink(replace(config, picture=str(self.image.resolve()) if self.image else None), arena.fd)
         try:
             ready = link.wait_ready()
+            config = replace(config, batch_size=ready["batch_size"])
             _say("module", f"{_on(ready)}, weights {ready['weights']}")
             self._show_hooks(ready, config)
             result = _through(link, arena, picture or base64.b64decode(ready["hooks"]["picture"]))

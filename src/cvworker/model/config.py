@@ -25,6 +25,8 @@ class ModelConfig:
     optimize: str = "off"
     with_example: bool = False
     """Whether ``ready`` brings a report on every hook, for ``cvworker check``."""
+    auto_batch: bool = False
+    """Whether the process is to find the best batch size; ``batch_size`` is only what it begins with."""
     picture: str | None = None
     """The image file for that report; the module's example without one."""
 

@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from cvworker.module import Module
 
 START_TIMEOUT_S = 120.0
+FIRST_PICTURES = 8
+"""Different pictures in the batches that ``batch_size: auto`` is measured with."""
 
 
 class ModelProcess:
@@ -56,7 +59,7 @@ class ModelProcess:
 
         config = self._config
         module = make(load(config.module), config.weights)
-        device = _device(config.device)
+        device = device_named(config.device)
         pin = device.type == "cuda"
         self._batcher = Batcher(config.batch_size, config.max_wait_ms / 1000, time.monotonic)
         self._feeder = Feeder(config, self._arena_fd, module, pin=pin, deliver=self._batcher.add, failed=self._refuse)
@@ -84,6 +87,7 @@ class ModelProcess:
                     "device": str(device),
                     "device_name": torch.cuda.get_device_name(device) if pin else "cpu",
                     "precision": self._runner.precision,
+                    "batch_size": self._config.batch_size,
                     "weights": sha256_of(module.weights) if module.weights else None,
                     "min_side": module.min_side,
                     **warm,
@@ -185,8 +189,10 @@ class ModelProcess:
         hook = "preprocess"
         try:
             value = self._sample(module, module.example())
-            samples = [Sample(0, value, 0.0) for _ in range(self._config.batch_size)]
             hook = "process"
+            if self._config.auto_batch:
+                self._choose_batch(module)
+            samples = [Sample(0, value, 0.0) for _ in range(self._config.batch_size)]
             self._runner.trial(samples)
             self._tune(module)
             for size in (len(samples), 1):
@@ -196,6 +202,32 @@ class ModelProcess:
         except Exception as error:
             return {"warning": f"{hook}: {describe(error)}"}
         return {}
+
+    def _choose_batch(self, module: Module) -> None:
+        """Find the batch size that is best for this module here; one line in the log says which, and why."""
+        import structlog
+
+        from cvworker.model import batch_size
+        from cvworker.model.batcher import Sample
+        from cvworker.model.precision import variations
+
+        self._feeder.wait_until_started(START_TIMEOUT_S)  # which takes the cores that are to be measured
+        values = [self._sample(module, image) for image in variations(module.example(), FIRST_PICTURES)]
+        room = batch_size.Room(on_device=self._device.type == "cuda")
+        chosen, rates = batch_size.measure(
+            lambda count: self._runner.trial([Sample(0, values[n % len(values)], 0.0) for n in range(count)]),
+            time.monotonic,
+            fits=room.fits,
+        )
+        if self._device.type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+        self._config = replace(self._config, batch_size=chosen, auto_batch=False)
+        self._runner.limit_to(chosen)
+        self._batcher.batch_size = chosen
+        measured = ", ".join(f"{size}: {rate:.1f}" for size, rate in rates.items())
+        structlog.get_logger(__name__).info("batch size", chosen=chosen, images_a_second=measured)
 
     def _hooks(self, module: Module) -> dict[str, Any]:
         from cvworker.model.hooks import report
@@ -245,7 +277,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))  # a descriptor for each chunk
     connection, arena_fd = Connection(int(sys.argv[1])), int(sys.argv[2])
     config = ModelConfig.load(connection.recv_bytes())
-    _start_fork_server(config)
+    start_fork_server(config)
 
     from cvworker.observe.logs import configure
 
@@ -264,7 +296,7 @@ def main() -> None:
         os._exit(70)
 
 
-def _start_fork_server(config: ModelConfig) -> None:
+def start_fork_server(config: ModelConfig) -> None:
     """Begin at once: the server imports torch while this process does."""
     if config.preprocess_workers == 0:
         return
@@ -275,7 +307,8 @@ def _start_fork_server(config: ModelConfig) -> None:
     ensure_running()
 
 
-def _device(wanted: str) -> Any:
+def device_named(wanted: str) -> Any:
+    """The ``torch.device`` that the setting means. Raises StartupError where it is not there."""
     import torch
 
     if wanted == "auto":

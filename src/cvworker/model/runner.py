@@ -106,6 +106,10 @@ class Runner:
         """The largest batch that goes to ``process``; halved when the device runs out of memory, and recovering."""
         return self._limit.size
 
+    def limit_to(self, batch_size: int) -> None:
+        """Let batches be as large as this from now on."""
+        self._limit = BatchLimit(batch_size)
+
     def stage(self, samples: list[Sample]) -> Staged:
         """Collate samples and begin their copy to the device; an error is kept for :meth:`run` to deal with."""
         staged = Staged(samples)
@@ -162,7 +166,7 @@ class Runner:
         return done
 
     def _process(self, batch: Any, size: int) -> Sequence[Any]:
-        with torch.inference_mode(), self._autocast():
+        with torch.inference_mode(), self.autocast():
             results = self._module.process(batch)
         if isinstance(results, (str, bytes, Mapping)) or not isinstance(results, Sequence):
             raise ProcessFailed(f"process returned {type(results).__name__}, not a sequence of results")
@@ -209,7 +213,8 @@ class Runner:
             tensor = tensor.pin_memory()
         return tensor.to(self._device, non_blocking=True)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What ``process`` runs in, for its precision."""
         dtype = PRECISIONS[self.precision]
         return nullcontext() if dtype is None else torch.autocast(self._device.type, dtype=dtype)
 

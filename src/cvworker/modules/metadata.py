@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,15 +14,23 @@ from safetensors import SafetensorError, safe_open
 
 from cvworker.errors import StartupError
 
-PROGRAM, ONNX = ".pt2", ".onnx"
+PROGRAM, ONNX, ENGINE = ".pt2", ".onnx", ".engine"
+"""Files that hold a network: PyTorch's (``torch.export`` and AOTInductor), ONNX, and TensorRT's engines."""
+SCRIPT = (".pt", ".pth", ".ts", ".torchscript")
+"""What TorchScript is called, and often a pickle."""
 EXTRA_FILE = "cvworker.json"
-"""In an exported program's archive, for :func:`torch.export.save`'s ``extra_files``: the metadata as a JSON object."""
+"""In the archive of a program or a TorchScript, among what PyTorch calls extra files: the metadata as a JSON object."""
+NATIVE = "/data/aotinductor/"
+"""Where a ``.pt2`` has machine code, compiled by AOTInductor."""
+ENGINE_HEAD = struct.Struct("<i")
+"""An engine's file begins with the length of its metadata, which follow as a JSON object; then comes the engine."""
 
+_LONGEST = 64 * 1024 * 1024  # bytes of metadata: an engine that was made by others begins with any number
 _ONNX_METADATA_PROPS = 14  # the number of ModelProto.metadata_props in onnx.proto
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file, an exported program (``.pt2``) or an ONNX model (``.onnx``).
+    """The metadata of a safetensors file, or of one that holds a network: see :func:`is_exported`.
 
     Raises:
         StartupError: one line with the file, what is wrong with it and the way out.
@@ -29,10 +38,13 @@ def read_metadata(path: Path) -> dict[str, str]:
     try:
         with path.open("rb") as file:  # OSErrors have better texts than safe_open's
             start = file.read(4)
-            if path.suffix == PROGRAM:
+            if path.suffix == PROGRAM or is_script(path):
                 return _of_program(file)
             if path.suffix == ONNX:
                 return dict(_of_onnx(file))
+            if path.suffix == ENGINE:
+                file.seek(0)
+                return _texts(json.loads(file.read(read_length(file))))
         with safe_open(path, framework="numpy") as tensors:
             return tensors.metadata() or {}
     except OSError as error:
@@ -46,8 +58,41 @@ def read_metadata(path: Path) -> dict[str, str]:
         reason = first_line(error)
         raise refuse(path, f"is no safetensors file, or a damaged one ({reason}); copy or download it again") from error
     except (zipfile.BadZipFile, ValueError) as error:
-        kind = "exported program" if path.suffix == PROGRAM else "ONNX model"
+        kind = {PROGRAM: "exported program", ENGINE: "TensorRT engine of 'cvworker export'"}.get(
+            path.suffix, "ONNX model"
+        )
         raise refuse(path, f"is no {kind}, or a damaged one; copy or download it again") from error
+
+
+def is_exported(path: Path) -> bool:
+    """Whether the file holds a network rather than the tensors of one."""
+    return path.suffix in (PROGRAM, ONNX, ENGINE) or is_script(path)
+
+
+def is_script(path: Path) -> bool:
+    """Whether the file is TorchScript's, and no pickle of the same name."""
+    return path.suffix in SCRIPT and any("/code/" in name for name in _members(path))
+
+
+def is_native(path: Path) -> bool:
+    """Whether the file holds machine code, which runs once it is loaded, on the kind of machine it was made on."""
+    return path.suffix == ENGINE or (path.suffix == PROGRAM and any(NATIVE in name for name in _members(path)))
+
+
+def runs_code(path: Path) -> bool:
+    """Whether loading the file may run what somebody has put there: it must then be named with its digest."""
+    return path.suffix in (PROGRAM, ENGINE) or is_script(path)
+
+
+def read_length(file: BinaryIO) -> int:
+    """The length in bytes of the metadata that come next in an engine's file. Raises ValueError if there are none."""
+    try:
+        (length,) = ENGINE_HEAD.unpack(file.read(ENGINE_HEAD.size))
+    except struct.error as error:
+        raise ValueError("cut off") from error
+    if not 0 < length < _LONGEST:
+        raise ValueError("no metadata")
+    return int(length)
 
 
 def refuse(path: Path, problem: str) -> StartupError:
@@ -60,12 +105,24 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def _members(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return []
+
+
 def _of_program(file: BinaryIO) -> dict[str, str]:
     with zipfile.ZipFile(file) as archive:
         names = [name for name in archive.namelist() if name.endswith(f"/{EXTRA_FILE}")]
         values = json.loads(archive.read(names[0])) if names else {}
+    return _texts(values)
+
+
+def _texts(values: object) -> dict[str, str]:
     if not isinstance(values, dict):
-        raise ValueError(f"{EXTRA_FILE} is no JSON object")
+        raise ValueError("the metadata are no JSON object")
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
 
 

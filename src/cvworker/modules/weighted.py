@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from cvworker.errors import StartupError
 from cvworker.module import Module
-from cvworker.modules.metadata import first_line
+from cvworker.modules.metadata import first_line, is_exported
 from cvworker.modules.spec import Spec, read_spec
 
 if TYPE_CHECKING:  # so that bad weights can be told in the process that was started, which does without torch
@@ -48,9 +48,7 @@ class Weighted(Module):
         Raises:
             StartupError: the tensors are not those of the architecture and classes that the file names.
         """
-        from cvworker.modules import programs
-
-        if programs.is_exported(self.spec.path):
+        if is_exported(self.spec.path):
             self.model = self.load_exported(device)
             return
         network = self.build()

@@ -100,6 +100,11 @@ class Inference:
         return max(1, self._config.preprocess_workers)
 
     @property
+    def batch_size(self) -> int:
+        """Samples in a batch at most; measured by then, where it is ``auto``."""
+        return self._config.batch_size
+
+    @property
     def pid(self) -> int | None:
         return self._link.pid if self._link else None
 
@@ -110,6 +115,8 @@ class Inference:
         self.ready = self._link.wait_ready(READY_TIMEOUT_S)
         if "precision" in self.ready:  # for every process that may come after it: answers must not change their kind
             self._config = replace(self._config, precision=self.ready["precision"])
+        if "batch_size" in self.ready:
+            self._config = replace(self._config, batch_size=self.ready["batch_size"], auto_batch=False)
         self._patience = max(self._config.stall_timeout, READY_FACTOR * (time.monotonic() - began))
         for thread in (*self.threads, self._watcher):
             thread.start()

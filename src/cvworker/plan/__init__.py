@@ -1,0 +1,1 @@
+"""How many of which machine a traffic needs, at what latency, for how much a month."""
