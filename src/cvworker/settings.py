@@ -145,7 +145,8 @@ class Settings(CommandLine):
         "Module",
         "auto",
         "Forms of the module's self.model, each used only if measured faster at start with unchanged answers; "
-        "auto: channels-last; full: also torch.compile and CUDA graphs, which makes the start minutes longer",
+        "auto: channels-last with folded batch norms; full: also torch.compile and CUDA graphs, which makes the start "
+        "minutes longer",
     )
     batch_size: int = setting("Module", 8, "Samples in a batch at most", "images", ge=1)
     max_wait_ms: float = setting("Module", 20, "A batch leaves when its first sample has waited this long", "ms", ge=0)
