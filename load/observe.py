@@ -180,7 +180,7 @@ def run_worker() -> int:
         "look",
     )
     for owner, names in (
-        (Metrics, (*told, "lease_event")),
+        (Metrics, (*told, "lease_event", "look")),
         (Busy, ("look",)),
         (Counter, ("inc",)),
         (Gauge, ("set",)),
