@@ -101,6 +101,9 @@ class FakeSqs:
 
     def __init__(self, clock: StepClock, *, visibility: int = 30, max_receives: int | None = None) -> None:
         self.clock = clock
+        # A client with a proxy is one whose calls nobody else makes.
+        config = SimpleNamespace(signature_version="v4", client_cert=None, proxies={"https": "http://proxy"})
+        self.meta = SimpleNamespace(config=config, endpoint_url="https://sqs.eu-west-1.amazonaws.com")
         self.visibility = visibility
         self.max_receives = max_receives
         self.messages: dict[str, Stored] = {}

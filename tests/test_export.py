@@ -28,7 +28,7 @@ from cvworker.net import AddressGuard
 from export_files import CPU, exported, weights
 from world import BIN, MODULES
 
-NETWORKS = MODULES / "networks.py"
+NETWORKS = MODULES / "exportable.py"
 needs_compiler = pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
 
 
@@ -98,7 +98,7 @@ def test_the_same_export_is_the_same_file_and_tells_nothing_of_this_machine(tmp_
         for n in range(2)
     ]
     assert files[0] == files[1]
-    assert b"networks.py" not in files[0]
+    assert b"exportable.py" not in files[0]
 
 
 def test_check_runs_an_int8_export_through_every_step(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from world import MODULES, WorkerProcess, World, fetch, poll, status_of
 SLOW = f"{MODULES / 'mean.py'}:Slow"
 WAITING = f"{MODULES / 'waiting.py'}:Waiting"
 TWO = ("--processes", "2")
+FOUR = ("--processes", "4")
 
 
 def pids(worker: WorkerProcess) -> list[int]:
@@ -46,13 +47,12 @@ def answers_a_second(here: World, count: int) -> float:
     return count / (times[first + count] - times[first])
 
 
-def test_two_pipelines_answer_every_message_once_and_are_one_worker_to_those_outside(fast_world: World) -> None:
-    # given two pipelines that are ready
+def test_four_pipelines_answer_every_message_once_and_are_one_worker_to_those_outside(fast_world: World) -> None:
+    # given four pipelines that are ready
     here = fast_world
-    worker = here.worker(*TWO).ready()
+    worker = here.worker(*FOUR).ready()
     assert status_of(worker.url() + "livez") == 200
-    first, second = pids(worker)
-    assert first != second
+    assert len(set(pids(worker))) == 4
     # when they have 300 messages
     here.send(*(here.request(n) for n in range(300)))
     assert here.receiver.wait_for(300, 60)
@@ -61,15 +61,15 @@ def test_two_pipelines_answer_every_message_once_and_are_one_worker_to_those_out
     assert {each.id for each in here.receiver.accepted} == {f"req-{n}" for n in range(300)}
     assert not here.receiver.duplicates
     assert all(here.right(answer) for answer in here.receiver.answers.values())
-    # and the numbers of both are one
-    poll(lambda: worker.metric("cvworker_messages_total", outcome="answered") == 300, 10, "both are counted")
+    # and the numbers of all are one
+    poll(lambda: worker.metric("cvworker_messages_total", outcome="answered") == 300, 10, "all are counted")
     assert worker.metric("cvworker_end_to_end_seconds_count") == 300
     assert worker.metric("cvworker_stage_duration_seconds_count", stage="download") == 300
     assert worker.metric("cvworker_inflight_messages") == 0
     status = worker.status()
     assert status["messages"] == {"answered": 300}
     assert sum(each["messages"].get("answered", 0) for each in status["processes"]) == 300
-    assert all(each["messages"]["answered"] > 0 for each in status["processes"]), "both had work"
+    assert all(each["messages"]["answered"] > 0 for each in status["processes"]), "all had work"
     assert status["model"]["module"] == "mean"
     assert status["queue"] == {"url": here.queue_url, "reachable": True, "max_receives": 5}
 
@@ -121,10 +121,10 @@ def test_two_pipelines_with_a_module_that_waits_are_almost_twice_as_fast_as_one(
 
 
 def test_a_killed_pipeline_is_replaced_and_everything_is_answered(fast_world: World) -> None:
-    # given two pipelines in the middle of their work
+    # given four pipelines in the middle of their work
     here = fast_world
     here.client.set_queue_attributes(QueueUrl=here.queue_url, Attributes={"VisibilityTimeout": "5"})
-    worker = here.worker(*TWO, module=SLOW).ready()
+    worker = here.worker(*FOUR, module=SLOW).ready()
     here.send(*(here.request(n) for n in range(300)))
     assert here.receiver.wait_for(60, 60)
     before = worker.metric("cvworker_messages_total", outcome="answered")
@@ -134,7 +134,7 @@ def test_a_killed_pipeline_is_replaced_and_everything_is_answered(fast_world: Wo
     victim.kill()
     # then it is seen, another takes its place, and all is answered
     poll(lambda: status_of(worker.url() + "livez") == 503, 5, "not all live")
-    poll(lambda: status_of(worker.url() + "readyz") == 200 and len(pids(worker)) == 2, 60, "both are back")
+    poll(lambda: status_of(worker.url() + "readyz") == 200 and len(pids(worker)) == 4, 60, "all are back")
     assert status_of(worker.url() + "livez") == 200
     assert victim.pid not in pids(worker)
     assert gone(relatives)

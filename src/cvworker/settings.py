@@ -158,7 +158,8 @@ class Settings(CommandLine):
         "Module",
         "auto",
         "Forms of the module's self.model, each used only if measured faster at start with unchanged answers; "
-        "auto: channels-last; full: also torch.compile and CUDA graphs, which makes the start minutes longer",
+        "auto: channels-last with folded batch norms; full: also torch.compile and CUDA graphs, which makes the start "
+        "minutes longer",
     )
     batch_size: BatchSize = setting(
         "Module",

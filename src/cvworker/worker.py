@@ -288,7 +288,7 @@ class Worker:
             return
         self.done += 1
         self.busy_until = max(self.busy_until, self.clock.monotonic() + (outcome.delay or 0.0))
-        self.metrics.messages.labels(outcome.end.value).inc()
+        self.metrics.ended(outcome.end)
         if outcome.end is End.ANSWERED:
             self.metrics.end_to_end.observe(max(0.0, self.clock.wall() - lease.sent_at))
 

@@ -84,7 +84,10 @@ class Metrics:
         for stage in STAGES:
             self.stage_duration.labels(stage)
             self.stage_busy.labels(stage)
+        # Looked up once: `labels` takes as long as counting does.
         self._stage = {stage: self.stage_duration.labels(stage) for stage in STAGES}
+        self._callbacks = {code_class: self.callbacks.labels(code_class) for code_class in CODE_CLASSES}
+        self._ended = {end: self.messages.labels(end.value) for end in End}
         self.busy = Busy()
         self.recent: deque[tuple[float, dict[str, float]]] = deque(maxlen=RECENT)
         self.history = History()
@@ -139,13 +142,17 @@ class Metrics:
 
     def called_back(self, code_class: str, seconds: float) -> None:
         """One callback request ended, in a status or in ``timeout``, ``error`` or ``refused``."""
-        self.callbacks.labels(code_class).inc()
+        (self._callbacks.get(code_class) or self.callbacks.labels(code_class)).inc()
         self.timed("callback", seconds)
 
     def answered(self, timings_ms: Mapping[str, float]) -> None:
         """A callback was accepted, for a job with these timings."""
         self.recent.append((time.monotonic(), dict(timings_ms)))
         self.answered_in_all += 1
+
+    def ended(self, end: End) -> None:
+        """A message came to an end."""
+        self._ended[end].inc()
 
     def erred(self, job: Job, error: JobError) -> None:
         """An error was met: answered, or a reason to try again."""

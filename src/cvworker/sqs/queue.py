@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import botocore.session
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -20,10 +21,12 @@ from botocore.exceptions import (
     ReadTimeoutError,
 )
 
-from cvworker import aws
+from cvworker import __version__, aws
 from cvworker.errors import StartupError
+from cvworker.sqs.wire import Caller, caller
 
 if TYPE_CHECKING:
+    import boto3
     from types_boto3_sqs import SQSClient
     from types_boto3_sqs.literals import QueueAttributeNameType
     from types_boto3_sqs.type_defs import MessageTypeDef
@@ -67,8 +70,8 @@ class Queue:
     def __init__(self, url: str, *, receive_threads: int = 3, wait_s: int = 10) -> None:
         self.url = url
         self.wait_s = wait_s
-        self._polling = _client(url, receive_threads, wait_s + READ_MARGIN_S)
-        self._settling = _client(url, 4, SETTLE_TIMEOUT_S)
+        self._polling = _caller(url, receive_threads, wait_s + READ_MARGIN_S)
+        self._settling = _caller(url, 4, SETTLE_TIMEOUT_S)
         self.visibility_timeout = 30
         self.max_receives: int | None = None
         self.dead_letter_arn: str | None = None
@@ -93,10 +96,8 @@ class Queue:
         return queue
 
     def read_attributes(self) -> dict[str, str]:
-        answer = explain(
-            self.url, lambda: self._settling.get_queue_attributes(QueueUrl=self.url, AttributeNames=["All"])
-        )
-        attributes = {str(name): value for name, value in answer.get("Attributes", {}).items()}
+        answer = explain(self.url, lambda: self._settle("GetQueueAttributes", AttributeNames=["All"]))
+        attributes = {str(name): value for name, value in (answer.get("Attributes") or {}).items()}
         self.visibility_timeout = int(attributes.get("VisibilityTimeout", 30))
         policy = json.loads(attributes.get("RedrivePolicy") or "{}")
         self.max_receives = int(policy["maxReceiveCount"]) if "maxReceiveCount" in policy else None
@@ -106,15 +107,15 @@ class Queue:
     def receive(self, at_most: int, visibility: int, wait_s: int | None = None) -> list[MessageTypeDef]:
         """One long poll for up to ten messages."""
         began = time.time()
-        answer = self._polling.receive_message(
-            QueueUrl=self.url,
-            MaxNumberOfMessages=min(at_most, MAX_BATCH),
-            WaitTimeSeconds=self.wait_s if wait_s is None else wait_s,
-            VisibilityTimeout=visibility,
-            MessageSystemAttributeNames=["ApproximateReceiveCount", "SentTimestamp"],
-            MessageAttributeNames=self.message_attributes,
-        )
-        messages = answer.get("Messages", [])
+        wanted = {
+            "QueueUrl": self.url,
+            "MaxNumberOfMessages": min(at_most, MAX_BATCH),
+            "WaitTimeSeconds": self.wait_s if wait_s is None else wait_s,
+            "VisibilityTimeout": visibility,
+            "MessageSystemAttributeNames": ["ApproximateReceiveCount", "SentTimestamp"],
+            "MessageAttributeNames": self.message_attributes,
+        }
+        messages: list[MessageTypeDef] = self._polling("ReceiveMessage", wanted).get("Messages") or []
         if messages and self.received is not None:
             self.received(messages, began)
         return messages
@@ -122,15 +123,15 @@ class Queue:
     def backlog(self) -> dict[str, int]:
         """About how many messages SQS has, by :data:`BACKLOG`'s names."""
         with self._told("get_attributes"):
-            answer = self._settling.get_queue_attributes(QueueUrl=self.url, AttributeNames=list(BACKLOG.values()))
-        found = answer.get("Attributes", {})
+            answer = self._settle("GetQueueAttributes", AttributeNames=list(BACKLOG.values()))
+        found = answer.get("Attributes") or {}
         return {state: int(value) for state, name in BACKLOG.items() if (value := found.get(name)) is not None}
 
     def delete(self, receipts: Sequence[str]) -> list[Failed]:
         """Delete up to ten messages; what SQS refused comes back (HTTP 200 can carry failures)."""
         with self._told("delete"):
-            answer = self._settling.delete_message_batch(
-                QueueUrl=self.url,
+            answer = self._settle(
+                "DeleteMessageBatch",
                 # The index is the Id: the same MessageId twice in a call would fail the whole of it.
                 Entries=[{"Id": str(i), "ReceiptHandle": receipt} for i, receipt in enumerate(receipts)],
             )
@@ -139,8 +140,8 @@ class Queue:
     def change_visibility(self, receipts: Sequence[tuple[str, int]]) -> list[Failed]:
         """Show up to ten messages again after so many seconds from now each."""
         with self._told("change_visibility"):
-            answer = self._settling.change_message_visibility_batch(
-                QueueUrl=self.url,
+            answer = self._settle(
+                "ChangeMessageVisibilityBatch",
                 Entries=[
                     {"Id": str(i), "ReceiptHandle": receipt, "VisibilityTimeout": min(seconds, MAX_VISIBILITY_S)}
                     for i, (receipt, seconds) in enumerate(receipts)
@@ -151,6 +152,9 @@ class Queue:
     def close(self) -> None:
         self._polling.close()
         self._settling.close()
+
+    def _settle(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        return self._settling(operation, {"QueueUrl": self.url, **arguments})
 
     @contextmanager
     def _told(self, operation: str) -> Iterator[None]:
@@ -170,7 +174,7 @@ def open_client(url: str) -> SQSClient:
     """
 
     def connect() -> SQSClient:
-        client = _client(url, 1, READ_MARGIN_S)
+        client, _ = _client(url, 1, READ_MARGIN_S)
         client.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"])
         return client
 
@@ -220,15 +224,21 @@ ChangeMessageVisibility"
     return f"SQS refused the call for {url}"
 
 
-def _client(url: str, connections: int, read_timeout: int) -> SQSClient:
+def _caller(url: str, connections: int, read_timeout: int) -> Caller:
+    client, session = _client(url, connections, read_timeout)
+    return caller(session, client)
+
+
+def _client(url: str, connections: int, read_timeout: int) -> tuple[SQSClient, boto3.Session]:
     session = aws.session()
     region = session.region_name or _region_of(url)
-    return session.client("sqs", region_name=region, config=_config(connections, read_timeout))
+    return session.client("sqs", region_name=region, config=_config(connections, read_timeout)), session
 
 
 def _config(connections: int, read_timeout: int) -> Config:
     # One attempt: the worker's own loops retry with back-off, and know what a lost receive may have hidden.
     return Config(
+        user_agent=f"cvworker/{__version__} {botocore.session.Session().user_agent()}",
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=read_timeout,
         max_pool_connections=max(connections, 10),
@@ -246,5 +256,5 @@ def _region_of(url: str) -> str | None:
 def _failed(answer: Any) -> list[Failed]:
     return [
         Failed(int(entry["Id"]), entry.get("Code", ""), bool(entry.get("SenderFault")))
-        for entry in answer.get("Failed", [])
+        for entry in answer.get("Failed") or []
     ]
