@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import threading
 import time
@@ -16,6 +17,9 @@ import boto3
 import pytest
 from aiohttp import web
 from botocore.exceptions import ClientError
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from cvworker.clock import Clock
 from cvworker.errors import JobError
@@ -291,3 +295,26 @@ def a_lease(message_id: str = "m1", *, attempt: int = 1) -> Lease:
 
 def a_job(key: str = "m1", *, attempt: int = 1, kills: int = 0, **request: Any) -> Job:
     return Job(a_request(key, **request), a_lease(key, attempt=attempt), kills=kills)
+
+
+def self_signed(subject: x509.GeneralName) -> tuple[bytes, bytes]:
+    """A certificate for ``subject`` and its key, in PEM: whoever trusts the certificate trusts its server."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, str(subject.value))])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([subject]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    secret = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return certificate.public_bytes(serialization.Encoding.PEM), secret

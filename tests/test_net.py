@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
 import gzip
 import ipaddress
 import pathlib
@@ -22,8 +21,6 @@ from typing import Any, TypeVar
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -40,6 +37,7 @@ from cvworker.net import (
     look_up,
 )
 from cvworker.net.lookups import DNS_CACHE_SECONDS, LOOKUPS_AT_ONCE, Lookups, Resolver
+from fakes import self_signed
 from hostile_urls import ABSOLUTE, DIRECT, NAMES, PUBLIC_V4, PUBLIC_V6, REFUSED_V4, REFUSED_V6, embeddings
 
 T = TypeVar("T")
@@ -565,25 +563,7 @@ def test_the_certificate_must_still_be_the_hosts_own() -> None:
 
 def _certificate_for(host: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     """A server's TLS context with a certificate for ``host``, and a client's that trusts it."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, host)])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    pem = certificate.public_bytes(serialization.Encoding.PEM)
-    secret = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    pem, secret = self_signed(x509.DNSName(host))
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     with tempfile.NamedTemporaryFile() as file:
         file.write(pem + secret)

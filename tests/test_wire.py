@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import ipaddress
 import json
 import socket
 import ssl
@@ -27,11 +27,10 @@ from botocore.exceptions import (
     SSLError,
 )
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from cvworker.sqs.queue import SQS_ERRORS
 from cvworker.sqs.wire import ByClient, Caller, Wire, caller
+from fakes import self_signed
 from world import World
 
 RECEIVE = {
@@ -238,7 +237,8 @@ def test_an_endpoint_that_is_not_behind_the_proxy_is_called_directly(monkeypatch
 
 
 def test_only_certificates_that_the_client_trusts_are_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    certificate = _certificate(tmp_path / "server.pem")
+    certificate = tmp_path / "server.pem"
+    certificate.write_bytes(b"".join(self_signed(x509.IPAddress(ipaddress.ip_address("127.0.0.1")))))
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(certificate)
     with Endpoint(tls=server).serving() as endpoint:
@@ -249,30 +249,3 @@ def test_only_certificates_that_the_client_trusts_are_trusted(tmp_path: Path, mo
         for call in both(endpoint.url):
             assert "Messages" not in call("ReceiveMessage", RECEIVE)
     assert len(endpoint.asked) == 2
-
-
-def _certificate(path: Path) -> Path:
-    """A file with a key and a certificate for 127.0.0.1, signed by itself."""
-    import ipaddress
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
-    now = datetime.datetime.now(datetime.UTC)
-    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM) + private)
-    return path

@@ -136,15 +136,11 @@ class Plan(CommandLine):
 
 def _paces(given: list[str], known: set[str]) -> dict[str, float]:
     """Images a second by machine type. Raises StartupError for what is none."""
-    found = {}
-    for each in given:
-        name, _, number = each.rpartition("=")
-        try:
-            found[name] = float(number)
-        except ValueError:
-            found[name] = 0.0
-        if not 0 < found[name] < float("inf"):
-            raise StartupError(f"measured: {each!r} must be a machine and images a second, such as g5.xlarge=120")
+    from cvworker.lab.cost import numbers_by_name
+
+    refusal = "measured: {!r} must be a machine and images a second, such as g5.xlarge=120"
+    found = numbers_by_name(given, refusal)
+    for name in found:
         if name not in known:
             raise StartupError(f"measured: there is no {name!r} in the catalogue; add it by --prices FILE")
     return found

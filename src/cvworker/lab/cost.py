@@ -236,6 +236,11 @@ def picture(found: Sequence[Row]) -> str:
 
 def parse_factors(given: Sequence[str]) -> dict[str, float]:
     """``NAME=NUMBER`` each. Raises StartupError for what is not."""
+    return numbers_by_name(given, "factor: {!r} is not MACHINE=NUMBER, such as g5.xlarge=2.5")
+
+
+def numbers_by_name(given: Sequence[str], refusal: str) -> dict[str, float]:
+    """Positive numbers from ``NAME=NUMBER``. Raises StartupError, ``refusal`` with the text in it, for what is none."""
     found = {}
     for each in given:
         name, _, number = each.rpartition("=")
@@ -244,5 +249,5 @@ def parse_factors(given: Sequence[str]) -> dict[str, float]:
         except ValueError:
             found[name] = 0.0
         if not name or not 0 < found[name] < float("inf"):
-            raise StartupError(f"factor: {each!r} is not MACHINE=NUMBER, such as g5.xlarge=2.5")
+            raise StartupError(refusal.format(each))
     return found
