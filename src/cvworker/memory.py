@@ -27,12 +27,13 @@ def resident_bytes() -> int:
     return _kib(STATUS, "VmRSS")
 
 
-def reset_peak() -> None:
-    """Begin anew to look for the peak; where the kernel does not let us, it stays the one since the start."""
+def reset_peak() -> bool:
+    """Begin anew to look for the peak; False where the kernel does not let us, and it stays the one since the start."""
     try:
         CLEAR.write_text(_RESET_PEAK)
     except OSError:
-        pass
+        return False
+    return peak_bytes() - resident_bytes() < 2**20
 
 
 def total_bytes() -> int:
