@@ -176,7 +176,7 @@ def test_a_result_is_answered_with_its_timings(stage: Stage) -> None:
     stage.download(job)
     job.timings_ms |= {"preprocess": 6.1, "process": 11.9}
     job.result = {"label": "cat"}
-    stage.flow.inferred(job)
+    stage.flow.inferred([job])
     assert stage.results.get(timeout=0) == [job]
     stage.clock.advance(1.5)
     stage.answer(job)

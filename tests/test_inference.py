@@ -68,9 +68,10 @@ class Line:
         eventually(lambda: all(number in self.ended for number in numbers), f"{numbers} have ended", timeout)
         return [self.ended[number] for number in numbers]
 
-    def _done(self, job: Job) -> None:
+    def _done(self, jobs: list[Job]) -> None:
         self.room.wait(20)
-        self._end(job, job.result)
+        for job in jobs:
+            self._end(job, job.result)
 
     def _end(self, job: Job, how: Any) -> None:
         assert job.number not in self.ended, "ended once"

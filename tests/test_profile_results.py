@@ -15,7 +15,18 @@ from cvworker.errors import StartupError
 from cvworker.lab import compare
 from cvworker.lab.recommend import recommend, recommended_batch
 from cvworker.lab.report import METHOD, page, summary
-from cvworker.lab.results import AGREE, Profile, Split, judged, measured, percentile, steady
+from cvworker.lab.results import (
+    AGREE,
+    STRAY,
+    Profile,
+    Split,
+    beside,
+    judged,
+    measured,
+    percentile,
+    steady,
+    usual_pace,
+)
 from profiles import a_host, a_machine, a_point, a_profile, a_wall
 
 GIB = 2**30
@@ -131,6 +142,24 @@ class TestJudging:
         found = percentile(values, share)
         assert found in values
         assert sum(value > found for value in values) <= (1 - share) * len(values) + 1e-6
+
+    def test_a_point_beside_which_the_machine_itself_was_slower_is_unstable(self) -> None:
+        usual, slow = a_point(1, 10, paces=[100, 101]), a_point(1, 10, paces=[99, 88])
+        assert beside(100, usual) == usual
+        marked = beside(100, slow)
+        assert (marked.status, marked.why) == ("unstable", "the machine itself was 12% slower than usual beside it")
+        assert beside(100, a_point(1, 10)).status == "ok", "a profile of a version that did not look"
+
+    @given(st.lists(st.lists(st.floats(80, 120), min_size=1), min_size=1))
+    def test_a_point_is_stable_if_and_only_if_the_machine_was_near_its_median_pace_all_along(
+        self, paces: list[list[float]]
+    ) -> None:
+        points = [a_point(1, 10, paces=each) for each in paces]
+        pace = usual_pace(points)
+        assert pace == median(each for some in paces for each in some)
+        for point in points:
+            near = all(abs(each / pace - 1) <= STRAY for each in point.paces)
+            assert (beside(pace, point).status == "ok") == near
 
     @given(
         st.integers(1, 64),
@@ -283,6 +312,13 @@ class TestComparison:
         jumpy = a_point(1, 0, passes=[[[Split(0, 10, 0)]] * 3, [[Split(0, 20, 0)]] * 3])
         a, b = a_profile(jumpy, a_point(2, 1)), a_profile(a_point(1, 1), a_wall(2))
         assert [pair.verdict for pair in compare.pairs(a, b)] == ["unstable", "out of memory"]
+
+    def test_a_machine_that_was_itself_faster_the_second_time_gets_no_verdict_but_its_pace_is_told(self) -> None:
+        a, b = a_profile(a_point(1, 12, paces=[100.0])), a_profile(a_point(1, 10, paces=[115.0]))
+        assert [pair.verdict for pair in compare.pairs(a, b)] == ["unstable"]
+        assert compare.pace_told(a, b) == ("The machine itself, at fixed work beside every point: B did 1.15 of A's.")
+        other = b.model_copy(update={"machine": a_machine(device_name="another")})
+        assert [pair.verdict for pair in compare.pairs(a, other)] == ["faster"]
 
     def test_what_differs_between_the_machines_is_told(self) -> None:
         a, b = a_profile(), a_profile(machine=a_machine(cores=8), versions={"cvworker": "0.1.0", "torch": "3.0"})

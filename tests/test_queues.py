@@ -79,6 +79,15 @@ def test_a_put_waits_for_room_and_goes_in_once_there_is(pool) -> None:
     assert queue.get(10) == [jobs[1], late]
 
 
+def test_several_jobs_go_in_as_far_as_there_is_room_and_the_rest_when_there_is_more(pool) -> None:
+    queue, jobs = a_queue(2), [a_job(str(number)) for number in range(3)]
+    put = Waiting(pool, queue.put, *jobs)
+    assert put.waits()
+    assert queue.get(10) == jobs[:2]
+    put.result()
+    assert queue.get(10) == jobs[2:]
+
+
 def test_a_larger_limit_lets_everybody_in_who_fits(pool) -> None:
     queue, _ = filled(1)
     puts = [Waiting(pool, queue.put, a_job()) for _ in range(3)]
@@ -114,7 +123,7 @@ def test_a_get_that_timed_out_takes_no_wake_up_from_those_who_still_wait() -> No
         waiting = asyncio.create_task(queue.aget())
         await asyncio.sleep(0)
         queue.put(job)
-        assert await asyncio.wait_for(waiting, 5) is job
+        assert await asyncio.wait_for(waiting, 5) == [job]
 
     asyncio.run(scenario())
 
@@ -126,7 +135,7 @@ def test_a_coroutine_that_is_cancelled_as_it_is_woken_passes_the_wake_up_on() ->
         await asyncio.sleep(0)
         queue.put(job)
         first.cancel()
-        assert await asyncio.wait_for(second, 5) is job
+        assert await asyncio.wait_for(second, 5) == [job]
 
         full, _ = filled(1)
         first, second = asyncio.create_task(full.aput(a_job())), asyncio.create_task(full.aput(job))
@@ -249,7 +258,7 @@ def test_nothing_is_lost_duplicated_or_beyond_the_bound_with_many_threads_and_lo
         taken: list[Job] = []
         try:
             while True:
-                taken.append(await queue.aget())
+                taken += await queue.aget(3)
         except QueueClosed:
             return taken
 

@@ -225,6 +225,30 @@ def test_exporting_is_configured_by_opentelemetrys_own_variables(traced: SimpleN
     assert re.fullmatch(r"[0-9a-f-]{36}", resource["service.instance.id"])
 
 
+def test_a_context_inside_an_sns_notification_is_the_client_s(fast_world: World) -> None:
+    # given a notification as SNS delivers it unless told to be raw: attributes and all inside the body
+    here, collector = fast_world, Collector()
+    worker = here.worker(OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=collector.url + "/v1/traces", **QUICK).ready()
+    context = {"Type": "String", "Value": f"00-{TRACE}-{CLIENT_SPAN}-01"}
+    here.send(
+        {
+            "Type": "Notification",
+            "Message": json.dumps(here.request(1)),
+            "MessageAttributes": {"traceparent": context, "colour": {"Type": "Binary", "Value": 3}, "odd": None},
+        }
+    )
+    # when it is answered
+    assert here.receiver.wait_for(1, 60)
+    worker.signal()
+    assert worker.wait() == 0
+    collector.close()
+    # then the receiver is called within the client's trace
+    (received,) = here.receiver.accepted
+    assert received.headers["traceparent"].split("-")[1] == TRACE
+    (process,) = collector.spans("process")
+    assert process.parent == CLIENT_SPAN
+
+
 def test_a_message_that_its_client_did_not_sample_is_not_traced_but_carried_on(fast_world: World) -> None:
     here, collector = fast_world, Collector()
     worker = here.worker(OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=collector.url + "/v1/traces", **QUICK).ready()

@@ -42,10 +42,10 @@ def test_a_short_visibility_timeout_bounds_the_queues_before_three_seconds_of_wo
 
 
 def test_downloads_grow_only_while_all_are_in_use_and_the_next_step_starves() -> None:
-    assert download_concurrency(16, in_hand=16, waiting=5, next_hungry=True) == 24
-    assert download_concurrency(16, in_hand=15, waiting=5, next_hungry=True) == 16
-    assert download_concurrency(16, in_hand=16, waiting=0, next_hungry=True) == 16
-    assert download_concurrency(16, in_hand=16, waiting=5, next_hungry=False) == 16
+    assert download_concurrency(32, in_hand=32, waiting=5, next_hungry=True) == 64
+    assert download_concurrency(32, in_hand=15, waiting=5, next_hungry=True) == 32
+    assert download_concurrency(32, in_hand=32, waiting=0, next_hungry=True) == 32
+    assert download_concurrency(32, in_hand=32, waiting=5, next_hungry=False) == 32
 
 
 @given(st.integers(LEAST_DOWNLOADS, MOST_DOWNLOADS), st.integers(0, 300), st.integers(0, 50), st.booleans())
@@ -89,10 +89,10 @@ def test_auto_bounds_and_downloads_follow_the_measured_pace() -> None:
     assert {queue.limit for queue in three} == {start}
     three[0].put(a_job())  # work waits, and nothing for the model
 
-    tuner.look(done=600, seconds=2.0, downloading=16)
+    tuner.look(done=600, seconds=2.0, downloading=LEAST_DOWNLOADS)
 
     assert {queue.limit for queue in three} == {300}
-    assert tuner.downloads == 24
+    assert tuner.downloads == 2 * LEAST_DOWNLOADS
 
 
 def test_numbers_are_left_alone() -> None:

@@ -14,6 +14,8 @@ from cvworker.steps.callback import CallbackRefused
 from cvworker.steps.hosts import Hosts, host_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cvworker.clock import Clock
     from cvworker.job import Job
     from cvworker.observe.metrics import Metrics
@@ -80,10 +82,11 @@ class Flow:
         elif self._to_be_answered(job, error):
             await self._results_queue.aput(job)
 
-    def inferred(self, job: Job) -> None:
-        """The model has a result. Waits for room: an inference that outruns the callbacks is held back here."""
-        self._metrics.timed("preprocess", job.timings_ms["preprocess"] / 1000)
-        self._results_queue.put(job)
+    def inferred(self, jobs: Sequence[Job]) -> None:
+        """The model has results. Waits for room: an inference that outruns the callbacks is held back here."""
+        for job in jobs:
+            self._metrics.timed("preprocess", job.timings_ms["preprocess"] / 1000)
+        self._results_queue.put(*jobs)
 
     def failed(self, job: Job, error: JobError) -> None:
         """Preprocess or process failed for the job."""

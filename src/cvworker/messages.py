@@ -73,6 +73,24 @@ def parse(
     return [rules.event(f"{message_id}-{n}" if several else message_id, *record) for n, record in enumerate(records, 1)]
 
 
+def sns_attributes(body: str) -> dict[str, str]:
+    """The message attributes that an SNS notification carries inside its envelope; none where it is something else.
+
+    Only with raw delivery does SNS make them the SQS message's own.
+    """
+    if '"MessageAttributes"' not in body:
+        return {}
+    try:
+        content = _load(body, "the message body")
+    except InvalidMessage:
+        return {}
+    given = content.get("MessageAttributes")
+    if content.get("Type") != "Notification" or not isinstance(given, dict):
+        return {}
+    values = {name: each.get("Value") for name, each in given.items() if isinstance(each, dict)}
+    return {name: value for name, value in values.items() if isinstance(value, str)}
+
+
 def is_s3_url(url: str) -> bool:
     """Whether ``url`` is to be read with :func:`split_s3_url` rather than fetched over HTTP."""
     return url[:5].lower() == "s3://"

@@ -8,8 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from typing import TypeVar
 
 from cvworker.job import Job
 
@@ -23,6 +22,47 @@ RESERVED_AT_ONCE = 10
 
 class QueueClosed(Exception):
     """The queue is closed and empty."""
+
+
+class _Thread:
+    """A thread that waits: on a bare lock, as each message passes here several times."""
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def wake(self) -> None:
+        self._lock.release()
+
+    def wait(self, timeout: float) -> bool:
+        return self._lock.acquire(timeout=max(0.0, timeout))
+
+
+class _Task:
+    """A coroutine that waits, on its event loop."""
+
+    __slots__ = ("_loop", "woken")
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.woken = self._loop.create_future()
+
+    def wake(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._set)
+        except RuntimeError:  # the loop has ended, and whoever waited with it
+            pass
+
+    def _set(self) -> None:
+        if not self.woken.done():
+            self.woken.set_result(None)
+
+
+_Waiter = _Thread | _Task
+"""Woken once at most."""
+_W = TypeVar("_W", _Thread, _Task)
 
 
 class JobQueue:
@@ -40,9 +80,9 @@ class JobQueue:
         self._reserved = 0
         self._closed = False
         self._lock = threading.Lock()
-        self._getters: deque[Future[None]] = deque()
-        self._putters: deque[Future[None]] = deque()
-        self._reservers: deque[Future[None]] = deque()
+        self._getters: deque[_Waiter] = deque()
+        self._putters: deque[_Waiter] = deque()
+        self._reservers: deque[_Waiter] = deque()
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -87,7 +127,7 @@ class JobQueue:
                     taken = max(0, min(self._free(), at_most))
                     self._reserved += taken
                     return taken
-                waiter = self._wait(self._reservers)
+                self._reservers.append(waiter := _Thread())
             self._wait_thread(waiter, left)
 
     def fill(self, jobs: list[Job], reserved: int) -> None:
@@ -99,14 +139,16 @@ class JobQueue:
             if unused > 0:
                 self._room_came_free(unused)
 
-    def put(self, job: Job) -> None:
-        """Add a job, waiting for room."""
-        while (waiter := self._try_put(job)) is not None:
+    def put(self, *jobs: Job) -> None:
+        """Add jobs, as many at once as there is room for, waiting for more."""
+        left = list(jobs)
+        while (waiter := self._try_put(left, _Thread)) is not None:
             self._wait_thread(waiter, _RECHECK_S)
 
     async def aput(self, job: Job) -> None:
         """Add a job, waiting for room."""
-        while (waiter := self._try_put(job)) is not None:
+        left = [job]
+        while (waiter := self._try_put(left, _Task)) is not None:
             await self._wait_task(waiter)
 
     def get(self, at_most: int = 1, *, timeout: float | None = None) -> list[Job]:
@@ -116,7 +158,7 @@ class JobQueue:
             QueueClosed: closed and empty.
         """
         until = math.inf if timeout is None else time.monotonic() + timeout
-        while isinstance(taken := self._try_get(at_most), Future):
+        while not isinstance(taken := self._try_get(at_most, _Thread), list):
             left = until - time.monotonic()
             if left <= 0:
                 self._give_up(taken)
@@ -124,20 +166,24 @@ class JobQueue:
             self._wait_thread(taken, min(left, _RECHECK_S))
         return taken
 
-    async def aget(self) -> Job:
-        """Take one job, waiting for it. Raises QueueClosed as :meth:`get` does."""
-        while isinstance(taken := self._try_get(1), Future):
+    async def aget(self, at_most: int = 1) -> list[Job]:
+        """Take up to ``at_most`` jobs, waiting for the first. Raises QueueClosed as :meth:`get` does."""
+        while not isinstance(taken := self._try_get(at_most, _Task), list):
             await self._wait_task(taken)
-        return taken[0]
+        return taken
 
-    def _try_put(self, job: Job) -> Future[None] | None:
+    def _try_put(self, left: list[Job], waiter: Callable[[], _W]) -> _W | None:
+        """Put what fits, which is then no longer ``left``; what to wait with for the rest."""
         with self._lock:
-            if self._free() > 0 or self._closed:
-                self._append([job])
+            count = len(left) if self._closed else max(0, min(self._free(), len(left)))
+            self._append(left[:count])
+            del left[:count]
+            if not left:
                 return None
-            return self._wait(self._putters)
+            self._putters.append(waits := waiter())
+            return waits
 
-    def _try_get(self, at_most: int) -> list[Job] | Future[None]:
+    def _try_get(self, at_most: int, waiter: Callable[[], _W]) -> list[Job] | _W:
         with self._lock:
             if self._jobs:
                 count = min(at_most, len(self._jobs))
@@ -146,7 +192,8 @@ class JobQueue:
                 return taken
             if self._closed:
                 raise QueueClosed(self.name)
-            return self._wait(self._getters)
+            self._getters.append(waits := waiter())
+            return waits
 
     def _free(self) -> int:
         return self._limit - len(self._jobs) - self._reserved
@@ -171,33 +218,22 @@ class JobQueue:
         self._wake(self._getters, len(jobs))
 
     @staticmethod
-    def _wait(waiters: deque[Future[None]]) -> Future[None]:
-        waiter: Future[None] = Future()
-        waiters.append(waiter)
-        return waiter
+    def _wake(waiters: deque[_Waiter], count: int) -> None:
+        for _ in range(min(count, len(waiters))):
+            waiters.popleft().wake()
 
-    @staticmethod
-    def _wake(waiters: deque[Future[None]], count: int) -> None:
-        while count > 0 and waiters:
-            waiter = waiters.popleft()
-            if waiter.set_running_or_notify_cancel():
-                waiter.set_result(None)
-                count -= 1
-
-    def _wait_thread(self, waiter: Future[None], timeout: float) -> None:
-        try:
-            waiter.result(timeout)
-        except FutureTimeout:
+    def _wait_thread(self, waiter: _Thread, timeout: float) -> None:
+        if not waiter.wait(timeout):
             self._give_up(waiter)
 
-    async def _wait_task(self, waiter: Future[None]) -> None:
+    async def _wait_task(self, waiter: _Task) -> None:
         try:
-            await asyncio.wrap_future(waiter)
+            await waiter.woken
         except asyncio.CancelledError:
             self._give_up(waiter)
             raise
 
-    def _give_up(self, waiter: Future[None]) -> None:
+    def _give_up(self, waiter: _Waiter) -> None:
         """Wait no more: an idle worker must not pile up waiters, and a wake-up just given is for somebody else."""
         with self._lock:
             for waiters in (self._getters, self._putters, self._reservers):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 NUM_QUEUES = 3
 HOLD_S = 3.0
 """Seconds of work held with ``auto``: enough to ride out a slow call, little enough to leave to other workers."""
-LEAST_DOWNLOADS, MOST_DOWNLOADS = 16, 256
+LEAST_DOWNLOADS, MOST_DOWNLOADS = 32, 256
 MOST_WORKERS = 8
 SMOOTHING = 0.3
 
@@ -64,7 +64,7 @@ def queue_limit(rate: float, *, visibility: float, batch_size: int, downloads: i
 def download_concurrency(now: int, *, in_hand: int, waiting: int, next_hungry: bool) -> int:
     """How many downloads may be under way next: more when all are in use and the next step starves, less when idle."""
     if in_hand >= now and waiting and next_hungry:
-        return min(MOST_DOWNLOADS, math.ceil(now * 1.5))
+        return min(MOST_DOWNLOADS, now * 2)
     if in_hand < now // 3:
         return max(LEAST_DOWNLOADS, now * 3 // 4)
     return now

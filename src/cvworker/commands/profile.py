@@ -205,6 +205,8 @@ class Profile(Settings):
         console = terminal.console(PIPE_WIDTH)
         console.print(f"A: {a.title}, {a.made[:16]}\nB: {b.title}, {b.made[:16]}")
         terminal.print_table(console, compare.COLUMNS, compare.rows(found), left=LEFT)
+        if told := compare.pace_told(a, b):
+            console.print(told)
         for line in compare.only_in_one(a, b):
             console.print(line)
         for what, of_a, of_b in compare.differences(a, b):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cvworker.lab.results import AGREE, HostPoint, Point, Profile, rounded
+from cvworker.lab.results import AGREE, STRAY, HostPoint, Point, Profile, rounded
 from cvworker.report import Line, Page, line_chart
 
 COLUMNS = ("what", "batch", "A images/s", "B images/s", "B ÷ A", "A p95 ms", "B p95 ms", "A MiB", "B MiB", "")
@@ -20,6 +20,8 @@ class Pair:
     name: str
     a: Point | HostPoint
     b: Point | HostPoint
+    restless: bool = False
+    """It is one machine, and the machine itself was faster in one of them."""
 
     @property
     def ratio(self) -> float | None:
@@ -34,13 +36,27 @@ class Pair:
             return "unstable"
         if abs(self.ratio - 1) <= AGREE:
             return "the same"
+        if self.restless:
+            return "unstable"
         return "faster" if self.ratio > 1 else "slower"
 
 
 def pairs(a: Profile, b: Profile) -> list[Pair]:
     """Points that both have, in A's order: series, batch size and megapixels agree, or step, picture and processes."""
     of_b = {_key(point): point for point in _all(b)}
-    return [Pair(_name(one), one, other) for one in _all(a) if (other := of_b.get(_key(one))) is not None]
+    restless = a.machine.device_name == b.machine.device_name and abs((pace_ratio(a, b) or 1) - 1) > STRAY
+    return [Pair(_name(one), one, other, restless) for one in _all(a) if (other := of_b.get(_key(one))) is not None]
+
+
+def pace_ratio(a: Profile, b: Profile) -> float | None:
+    """How much faster B's machine itself was than A's, by the fixed work that both did beside every point."""
+    return b.pace / a.pace if a.pace and b.pace else None
+
+
+def pace_told(a: Profile, b: Profile) -> str:
+    """The same in a sentence; empty where one of them did not look."""
+    ratio = pace_ratio(a, b)
+    return "" if ratio is None else f"The machine itself, at fixed work beside every point: B did {ratio:.2f} of A's."
 
 
 def only_in_one(a: Profile, b: Profile) -> list[str]:
@@ -71,6 +87,8 @@ def page(a: Profile, b: Profile) -> Page:
         "Rates within 10 % of each other are the same: so far apart may two runs be on one machine. Ratios of unstable "
         "points say little."
     )
+    if told := pace_told(a, b):
+        report.text(told)
     for name in dict.fromkeys(pair.name for pair in found if isinstance(pair.a, Point) and pair.a.megapixels is None):
         same = [pair for pair in found if pair.name == name and pair.ratio is not None]
         if len(same) > 1:

@@ -23,7 +23,7 @@ from cvworker import images
 from cvworker.arena import Arena
 from cvworker.errors import WorkerFailed
 from cvworker.lab.results import HostPoint, Picture, Step, judged, processes, steady
-from cvworker.lab.timing import MOST_WINDOWS, WINDOWS
+from cvworker.lab.timing import MOST_WINDOWS, WINDOWS, pace
 from cvworker.model.batcher import Sample
 from cvworker.model.config import ModelConfig
 from cvworker.model.feeder import Feeder
@@ -40,6 +40,8 @@ START_S = 60.0
 PASSES = 2
 IN_FLIGHT = 32
 """Pictures handed over for each DataLoader process: two chunks of eight that it has, and two to take up."""
+
+CPU = torch.device("cpu")
 
 Tell = Callable[[str], object]
 log = structlog.get_logger(__name__)
@@ -77,6 +79,7 @@ class _Found:
     """One thing that is measured, so far."""
 
     passes: list[list[float]] = field(default_factory=list)
+    paces: list[float] = field(default_factory=list)
     problem: str = ""
 
 
@@ -148,7 +151,9 @@ class Host:
     def _add(self, step: Step, workers: int, picture: Picture, windows: Callable[[], list[float]]) -> None:
         found = self._found.setdefault((step, workers, picture), _Found())
         try:
-            found.passes.append(windows())
+            before, rates, after = _pace(), windows(), _pace()
+            found.passes.append(rates)
+            found.paces += before, after
         except Exception as error:  # the module may dislike the picture
             found.problem = describe(error)
 
@@ -174,6 +179,7 @@ class Host:
 
 def _point(step: Step, workers: int, picture: Picture, found: _Found) -> HostPoint:
     about: dict[str, Any] = {"step": step, "workers": workers, "picture": picture, "passes": found.passes}
+    about["paces"] = found.paces
     if not found.passes:
         return HostPoint(**about, status="failed", why=found.problem or "interrupted")
     status, why = judged(found.passes)
@@ -186,6 +192,12 @@ def _point(step: Step, workers: int, picture: Picture, found: _Found) -> HostPoi
 def _photo_of(megapixels: float) -> bytes:
     width = round((megapixels * 1e6 * WIDTH / HEIGHT) ** 0.5)
     return photo(width, round(megapixels * 1e6 / width))
+
+
+def _pace() -> float:
+    """The machine's own, of one core whatever is measured: else the two kinds would not compare."""
+    with _one_thread():
+        return pace(CPU)
 
 
 class Fed:

@@ -13,7 +13,7 @@ import torch
 from cvworker.errors import StartupError
 from cvworker.lab import machine
 from cvworker.lab.host import Host
-from cvworker.lab.results import EXPORTED, Profile, Series
+from cvworker.lab.results import EXPORTED, Profile, Series, beside, usual_pace
 from cvworker.lab.subject import Subject
 from cvworker.lab.sweep import Plan, Sweep
 from cvworker.lab.variants import Variant, variants
@@ -91,7 +91,8 @@ class Profiling:
     @property
     def result(self) -> Profile:
         """What there is by now."""
-        wishes = self._wishes
+        wishes, points, host = self._wishes, self._sweep.points, self._host.points
+        on_device, on_host = usual_pace(points), usual_pace(host)
         return Profile(
             made=self._made,
             complete=self._complete,
@@ -101,8 +102,8 @@ class Profiling:
             machine=machine.machine_info(wishes.device, wishes.machine_type),
             versions=machine.versions(),
             settings=wishes.settings,
-            points=self._sweep.points,
-            host=self._host.points,
+            points=[beside(on_device, point) for point in points] if on_device else points,
+            host=[beside(on_host, point) for point in host] if on_host else host,
             notes=self._notes,
         )
 

@@ -18,7 +18,8 @@ KINDS: dict[Series, str] = {"process": "process as a whole", "network": "the net
 METHOD = (
     "Every batch size is run to warm up, then timed in windows until the last three agree within 10 %; once while "
     "batch sizes rise and, when all series have risen, once more while they fall. A point is unstable where windows or "
-    "passes differ by more. Images a second is the median over all windows, of batches run one after the other, with "
+    "passes differ by more, or where the machine itself, timed at fixed work beside each pass, was more than 5 % from "
+    "its usual pace. Images a second is the median over all windows, of batches run one after the other, with "
     "nothing overlapped; percentiles are over all batches. 'network' is self.model alone, on random inputs; 'process' "
     "is collate, copy, process and its results as JSON, on variations of the module's example. Memory is the peak on "
     "the GPU, or on the CPU the whole process's, libraries included."

@@ -30,7 +30,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -39,6 +39,8 @@ from cvworker.errors import StartupError
 FORMAT, VERSION = "cvworker profile", 1
 AGREE = 0.10
 """Rates agree that lie within 10 % of one another: the spread of windows and of passes, as a share of their median."""
+STRAY = 0.05
+"""The machine's own pace beside a point may differ so much from the usual one: two that do are then within 10 %."""
 
 EXPORTED = "exported"
 """The precision of an exported network: what its file holds."""
@@ -106,6 +108,8 @@ class Point(_Record):
     utilisation: float | None = None
     """Share of the time in which the GPU ran something, 0 to 1, where the driver tells; None on the CPU."""
     passes: list[Pass] = []
+    paces: list[float] = []
+    """How fast the machine itself was before and after each pass: :func:`cvworker.lab.timing.pace`."""
 
     @property
     def measured(self) -> bool:
@@ -158,6 +162,11 @@ class HostPoint(_Record):
     """The median over all windows."""
     passes: list[list[float]] = []
     """Images a second of each window, for each pass."""
+    paces: list[float] = []
+    """As a :class:`Point` has them."""
+
+
+_P = TypeVar("_P", Point, HostPoint)
 
 
 class ModuleInfo(_Record):
@@ -218,6 +227,11 @@ class Profile(_Record):
         """Module and machine, for headings."""
         where = self.machine.type or f"{self.machine.cores} cores"
         return f"{self.module.name} on {self.machine.device_name} ({where})"
+
+    @property
+    def pace(self) -> float | None:
+        """How fast the machine itself was, beside all points; None in a profile of a version that did not look."""
+        return usual_pace(self.points) or usual_pace(self.host)
 
     def series(self, kind: Series | None = None, *, sizes: bool = False) -> dict[str, list[Point]]:
         """Points by the name of their series, in order of the batch; with ``sizes``, those over megapixels instead."""
@@ -329,6 +343,22 @@ def judged(rates: Sequence[Sequence[float]]) -> tuple[Literal["ok", "unstable"],
     if not agree(medians := [median(each) for each in rates]):
         return "unstable", f"the two passes differ by {_spread(medians):.0%}"
     return "ok", ""
+
+
+def usual_pace(points: Iterable[Point | HostPoint]) -> float | None:
+    """The median of the machine's own paces beside these points."""
+    paces = [pace for point in points for pace in point.paces]
+    return median(paces) if paces else None
+
+
+def beside(pace: float, point: _P) -> _P:
+    """The point, marked unstable if the machine itself was faster or slower than ``pace`` while it was measured."""
+    strays = [each / pace - 1 for each in point.paces]
+    most = max(strays, key=abs, default=0.0)
+    if point.status != "ok" or abs(most) <= STRAY:
+        return point
+    why = f"the machine itself was {abs(most):.0%} {'faster' if most > 0 else 'slower'} than usual beside it"
+    return point.model_copy(update={"status": "unstable", "why": why})
 
 
 def steady(rates: Sequence[float]) -> bool:

@@ -77,6 +77,7 @@ class _Found:
     host: list[int] = field(default_factory=list)
     device: list[int] = field(default_factory=list)
     busy: list[float] = field(default_factory=list)
+    paces: list[float] = field(default_factory=list)
     problem: str = ""
 
 
@@ -192,7 +193,9 @@ class Sweep:
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats(device)
             timing.warm_up(run, self._seconds)
+            found.paces.append(timing.pace(device))
             found.passes.append(timing.measure(run, batch, self._seconds))
+            found.paces.append(timing.pace(device))
         found.host.append(memory.peak_bytes())
         if on_gpu:
             found.device.append(torch.cuda.max_memory_allocated(device))
@@ -228,6 +231,7 @@ def _point(plan: Plan, batch: int, found: _Found) -> Point:
         device_memory_bytes=max(found.device, default=None),
         utilisation=sum(found.busy) / len(found.busy) if found.busy else None,
         passes=found.passes,
+        paces=found.paces,
         **numbers,
     )
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from statistics import median
+
+import torch
 
 from cvworker.lab.results import Pass, Split, Window, steady, window_rate
 
@@ -15,8 +19,30 @@ WARM_BATCHES = 2
 MOST_SAMPLES = 1000
 """In one window: more would say nothing new, and fill the file."""
 
+YARDSTICK = {"cpu": 512, "cuda": 4096}
+"""Rows and columns of the matrices for :func:`pace`: milliseconds of work in which every unit takes part."""
+YARDSTICK_RUNS = 9
+
 Batch = Callable[[], Split]
 """Runs one batch, waits until it is done, and says how long each part took."""
+
+
+def pace(device: torch.device) -> float:
+    """How fast the machine itself is just now: multiplications of two fixed fp32 matrices a second.
+
+    The median of a few, after one that does not count. A lower clock, or a neighbour on a shared host, takes from this
+    what it takes from everything, so that points measured beside different paces are known not to be comparable.
+    """
+    side = YARDSTICK[device.type]
+    matrix = torch.ones(side, side, device=device)
+    times = []
+    for _ in range(YARDSTICK_RUNS + 1):
+        began = time.perf_counter()
+        torch.mm(matrix, matrix)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return 1 / max(median(times[1:]), 1e-9)
 
 
 def warm_up(run: Batch, seconds: float) -> None:

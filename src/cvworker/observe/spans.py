@@ -38,6 +38,7 @@ from opentelemetry.trace import (
 )
 
 from cvworker import __version__
+from cvworker.messages import sns_attributes
 from cvworker.sqs.outcome import End, Outcome
 
 if TYPE_CHECKING:
@@ -212,11 +213,10 @@ class Traces:
         )
 
     def _client(self, message: MessageTypeDef) -> Context:
-        """The context that the client put into the message's attributes; empty where there is none."""
-        attributes = message.get("MessageAttributes", {})
-        return self._propagator.extract(
-            {name: each.get("StringValue", "") for name, each in attributes.items()}, Context()
-        )
+        """The context that the client put into the message's attributes, or SNS's; empty where there is none."""
+        own = message.get("MessageAttributes", {})
+        given = {name: each.get("StringValue", "") for name, each in own.items()}
+        return self._propagator.extract(given or sns_attributes(message["Body"]), Context())
 
 
 class _Told(SpanExporter):

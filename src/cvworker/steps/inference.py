@@ -53,7 +53,7 @@ class Inference:
         *,
         clock: Clock,
         alive: Callable[[Job], bool],
-        done: Callable[[Job], None],
+        done: Callable[[list[Job]], None],
         failed: Callable[[Job, JobError], None],
         dropped: Callable[[Job], None],
         batch_done: Callable[[int, float], None] = lambda _size, _seconds: None,
@@ -209,8 +209,8 @@ class Inference:
             self._decoding = set(frame["decoding"])
         elif "failed" in frame:
             number, name, text = frame["failed"]
-            if (job := self._forget(number)) is not None:
-                self._failed(job, job_error(name, text))
+            for refused in self._forget([number]).values():
+                self._failed(refused, job_error(name, text))
         elif "done" in frame:
             self._suspects, self._batch_since = set(), None
             self._restarts = 0
@@ -218,8 +218,9 @@ class Inference:
             self._batch_done(len(rows), frame["busy"])
             if self.traced is not None:
                 self.traced([job for row in rows if (job := self._jobs.get(row[0])) is not None], frame["busy"])
+            jobs, done = self._forget([row[0] for row in rows]), []
             for number, preprocess_ms, process_ms, result, error in rows:
-                job = self._forget(number)
+                job = jobs.get(number)
                 if job is None:
                     continue
                 job.timings_ms["preprocess"] = preprocess_ms
@@ -228,15 +229,17 @@ class Inference:
                     self._failed(job, job_error(*error))
                 else:
                     job.result = result
-                    self._done(job)
+                    done.append(job)
+            self._done(done)
 
-    def _forget(self, number: int) -> Job | None:
+    def _forget(self, numbers: list[int]) -> dict[int, Job]:
+        """Those of these that are held, and are from now on no more."""
         with self._room:
-            job = self._jobs.pop(number, None)
+            jobs = {number: job for number in numbers if (job := self._jobs.pop(number, None)) is not None}
             self._room.notify()
-        if job is not None:
+        for job in jobs.values():
             job.drop_image()
-        return job
+        return jobs
 
     def _bring_back(self, link: ModelLink) -> None:
         """Start a new process and give it what the old one held, the suspects apart."""
@@ -250,7 +253,7 @@ class Inference:
         for job in self.held():
             if job.number in guilty:
                 job.kills += 1
-                if len(guilty) == 1 and job.kills >= KILLS and self._forget(job.number) is not None:
+                if len(guilty) == 1 and job.kills >= KILLS and self._forget([job.number]):
                     self._restarts = 0  # found: what ended it will not come again
                     self._failed(job, ProcessFailed(f"its process ended while running on this image ({how})"))
         if self._restarts > MAX_RESTARTS:

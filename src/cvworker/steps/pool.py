@@ -54,24 +54,20 @@ class JobPool:
 
     async def run(self) -> None:
         """Work until the inbox is closed and empty and the last job is done."""
+        recheck = asyncio.create_task(self._recheck())
         try:
             while True:
-                while len(self._in_hand) >= self._limit():
+                while (room := self._limit() - len(self._in_hand)) <= 0:
                     self._freed.clear()
-                    try:
-                        async with asyncio.timeout(RECHECK_S):
-                            await self._freed.wait()
-                    except TimeoutError:
-                        pass  # the limit may have grown meanwhile
+                    await self._freed.wait()
                 if self._given_up:
                     break
-                job = await self._inbox.aget()
-                self.jobs.add(job)
-                task = asyncio.create_task(self._one(job))
-                self._in_hand[task] = time.monotonic()
-                task.add_done_callback(self._let_go)
+                for job in await self._inbox.aget(room):
+                    self._begin(job)
         except QueueClosed:
             pass
+        finally:
+            recheck.cancel()
         if self._in_hand:
             await asyncio.wait(list(self._in_hand))
 
@@ -80,6 +76,18 @@ class JobPool:
         self._given_up = True
         for task in list(self._in_hand):
             task.cancel()
+
+    def _begin(self, job: Job) -> None:
+        self.jobs.add(job)
+        task = asyncio.create_task(self._one(job))
+        self._in_hand[task] = time.monotonic()
+        task.add_done_callback(self._let_go)
+
+    async def _recheck(self) -> None:
+        """The limit may have grown meanwhile."""
+        while True:
+            await asyncio.sleep(RECHECK_S)
+            self._freed.set()
 
     async def _one(self, job: Job) -> None:
         try:
