@@ -1,6 +1,6 @@
 # Plain make from 3.81 on, with sh. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak compare device lint format docs site constraints clean distclean
+.PHONY: help setup demo test bench soak compare device lint format docs site constraints clean distclean
 
 # Every tool runs as a module of .venv's Python: scripts on PATH may belong to another environment.
 python := .venv/bin/python
@@ -16,6 +16,10 @@ demo: setup ## run the whole worker on this machine, queue and callbacks include
 
 test: lint ## lint, check types and run all tests, three at a time (ARGS='-k name -n 0')
 	$(python) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+bench: setup ## how fast this machine is: the ladder of designs, then load tests; ten minutes, HTML in build/bench
+	.venv/bin/cvworker bench --out build/bench
+	$(python) -m load.scenarios all --out build/bench --seconds 10 --bursts 1 --minutes 1 $(ARGS)
 
 soak: setup ## half an hour of mixed faults against whole workers (ARGS='--seconds 300 --seed 7')
 	$(python) -m load.faults mixed --seconds 1800 $(ARGS)

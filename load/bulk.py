@@ -19,7 +19,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from load.compare import tree
 from load.compare.contenders import MODULES, Contender
 from load.compare.measure import worker as started
 from load.compare.measure import world
@@ -27,6 +26,8 @@ from load.compare.pictures import COUNT
 from load.compare.task import LOADS
 from rich.console import Console
 from rich.table import Table
+
+from cvworker.bench import tree
 
 LOAD = LOADS["cpu"]
 OURS = Contender("cvworker", "its defaults", module="Small", settings={"PRECISION": "fp32", "LOG_LEVEL": "warning"})

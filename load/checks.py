@@ -17,10 +17,11 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from load.compare import tree
 from load.compare.contenders import CONTENDERS
 from load.compare.measure import Peer, worker, world
 from load.compare.task import LOADS
+
+from cvworker.bench import tree
 
 MESSAGES = 5_000
 LONE_EVERY_S, LONE_MESSAGES, LONE_MOST_MS = 0.5, 40, 40.0

@@ -27,10 +27,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from load.compare import tree
 from load.compare.contenders import CONTENDERS, Contender
 from load.compare.measure import Peer, worker, world
 from load.compare.task import LOADS
+
+from cvworker.bench import tree
 
 MOST = 0.02
 LOOK_S = 5.0

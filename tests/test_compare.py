@@ -17,7 +17,8 @@ from load.compare.contenders import CONTENDERS
 from load.compare.measure import Sample, world
 from load.compare.report import Report
 from load.compare.task import LOADS, SIDE, decode, preprocess
-from load.compare.world import QUEUE
+
+from cvworker.bench.world import QUEUE
 
 ROOT = Path(__file__).parents[1]
 MARK = "COMPARE_TEST_MARK"

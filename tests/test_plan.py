@@ -132,6 +132,7 @@ def test_a_wrong_price_file_is_one_line_with_row_and_field(
         (["--rate", "5", "--profile", "missing.json"], "missing.json cannot be read"),
         (["--rate", "5", "--profile", "x", "--measured", "g5.xlarge=fast"], "such as g5.xlarge=120"),
         (["--rate", "5", "--profile", "x", "--measured", "z9.huge=5"], "there is no 'z9.huge'"),
+        (["--rate", "5", "--load-result", "missing.json"], "load_result: missing.json cannot be read"),
     ],
 )
 def test_what_is_missing_or_does_not_fit_is_one_line(
@@ -141,6 +142,60 @@ def test_what_is_missing_or_does_not_fit_is_one_line(
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert said in line
+
+
+def load_result(folder: Path, **changed: object) -> Path:
+    """The head of a raw file of ``python -m load.scenarios``, without its rows."""
+    head = {"format": "cvworker load", "version": 1, "scenario": "offline", "workers": 2, "pace_images_s": 60.0}
+    path = folder / "offline.json"
+    path.write_text(json.dumps({**head, "machine": {"type": "g4dn.xlarge", "cores": 4}, "rows": [], **changed}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"format": "cvworker profile"}, "format: not of 'python -m load.scenarios'"),
+        ({"version": 9}, "version: 9, and this reads 1"),
+        ({"scenario": "soak", "pace_images_s": None}, "pace_images_s: 'soak' tells none; give offline.json"),
+        ({"pace_images_s": -1}, "pace_images_s: Input should be greater than 0 (it is -1)"),
+        ({"workers": 0}, "workers: they ran elsewhere"),
+        ({"machine": {"type": "z9.huge"}}, "machine: there is no 'z9.huge' in the catalogue"),
+    ],
+)
+def test_a_wrong_load_result_is_one_line_with_the_field(
+    changed: dict[str, object], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = load_result(tmp_path, **changed)
+    assert main(["plan", "--rate", "5", "--load-result", str(path), "--out", str(tmp_path / "out")]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert f"load_result: {path}" in line
+    assert said in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_load_result_says_what_measured_says(tmp_path: Path) -> None:
+    # given a load test in which two workers together did 60 images a second
+    path = load_result(tmp_path)
+
+    def planned(name: str, *arguments: str) -> object:
+        out = tmp_path / name
+        main(["plan", "--rate", "50", *arguments, "--machines", "g4dn.xlarge", "--out", str(out)])
+        return json.loads((out / "plan.json").read_text())
+
+    # then it is as if 30 had been measured, with a profile and without one
+    ours = ["--profile", str(profile(tmp_path))]
+    assert planned("a", *ours, "--load-result", str(path)) == planned("b", *ours, "--measured", "g4dn.xlarge=30")
+    assert planned("c", "--load-result", str(path)) == planned("d", "--images-per-s", "30")
+
+
+def test_a_pace_of_an_unknown_machine_is_not_dropped_in_silence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = load_result(tmp_path, machine={"type": None})
+    assert main(["plan", "--rate", "5", "--profile", str(profile(tmp_path)), "--load-result", str(path)]) == 2
+    assert "load_result: its machine has no type" in capsys.readouterr().err
 
 
 def test_the_example_is_a_traffic_file_and_the_plan_for_it_is_written_the_same_twice(

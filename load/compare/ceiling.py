@@ -46,7 +46,7 @@ def measure_ceiling(seconds: float) -> Ceiling:
     return Ceiling(images / (after["at"] - before["at"]), 1000 * (after["cpu"] - before["cpu"]) / images)
 
 
-class _Line:
+class Line:
     """One connection."""
 
     def __init__(self, port: int) -> None:
@@ -79,7 +79,7 @@ class _Line:
 
 
 def _client(peer: Peer, until: float) -> None:
-    sqs, lines = _Line(peer.port), [_Line(peer.port) for _ in range(TOGETHER)]
+    sqs, lines = Line(peer.port), [Line(peer.port) for _ in range(TOGETHER)]
     while time.monotonic() < until:
         sqs.send("/", json.dumps({"MaxNumberOfMessages": TOGETHER}), "ReceiveMessage")
         messages = json.loads(sqs.read())["Messages"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from load.compare.world import QUEUE
+from cvworker.bench.world import QUEUE
 
 ROOT = Path(__file__).parents[2]
 BASELINE = "asyncio"

@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from load.compare import tree
 from load.compare.contenders import ROOT, Contender
 from load.compare.task import Load
+
+from cvworker.bench import tree
 
 WARM_S, WARM_AT_MOST_S = 3.0, 15.0
 """Seconds after the first answer: at least, and at most where answers are too few to wait for."""
@@ -142,7 +143,7 @@ def measure(contender: Contender, load: Load, number: int, seconds: float, tell:
         cpu_after = tree.cpu_seconds(process.pid)
         cpu = sum(cpu_after.values()) - sum(cpu_before.values())
         pss = max(pss, tree.pss_bytes(process.pid))
-        took = {name: now[name] - before[name] for name in now}
+        took = {name: value - before[name] for name, value in now.items() if not isinstance(value, str)}
         answers = max(1, int(took["callbacks"]))
         return Sample(
             worker=contender.name,

@@ -5,20 +5,20 @@ from __future__ import annotations
 import http.client
 import json
 import shutil
-import socket
 import subprocess
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from load.compare import tree
 from load.compare.contenders import Contender
 from load.compare.measure import Failed, Tell, worker, world
 from load.compare.task import LOADS
-from prometheus_client.parser import text_string_to_metric_families
+from load.scenarios.watch import fetch, scrape
+
+from cvworker.bench import tree
+from cvworker.embedded.demo_worker import free_port
 
 WARM_S, WARM_AT_MOST_S, WARM_BATCHES = 3.0, 15.0, 20
 """After the first answer: at least, at most, and the answers to wait for in between."""
@@ -104,7 +104,8 @@ class Sample:
 
 def measure(plan: Plan, seconds: float, tell: Tell) -> Sample:
     """Run the worker in a world of its own. Raises Failed where it does not work."""
-    port = _free_port()
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/"
     load = LOADS["cpu"]  # no latencies: what is looked for is the machine's limit
     with world(load) as peer, worker(plan.contender(port), load, peer.base) as (process, log):
 
@@ -128,16 +129,16 @@ def measure(plan: Plan, seconds: float, tell: Tell) -> Sample:
             tell("warming up")
             now = look()
         with _device_busy(plan.device) as busy:
-            before, metrics, cpu = now, _metrics(port), sum(tree.cpu_seconds(process.pid).values())
+            before, metrics, cpu = now, scrape(url), sum(tree.cpu_seconds(process.pid).values())
             while (elapsed := now["at"] - before["at"]) < seconds or (
                 now["callbacks"] - before["callbacks"] < plan.batch and elapsed < seconds + MORE_AT_MOST_S
             ):
                 tell(f"{elapsed:.0f} of {seconds:.0f} s")
                 now = look()
             cpu = sum(tree.cpu_seconds(process.pid).values()) - cpu
-        after, text = _metrics(port), log.read_text()
-        model = json.loads(_fetch(port, "status.json"))["model"]
-        took = {name: now[name] - before[name] for name in now}
+        after, text = scrape(url), log.read_text()
+        model = json.loads(fetch(f"{url}status.json"))["model"]
+        took = {name: value - before[name] for name, value in now.items() if not isinstance(value, str)}
         answers = int(took["callbacks"])
         return Sample(
             plan=plan,
@@ -186,18 +187,6 @@ def _device_busy(device: str) -> Iterator[list[int] | None]:
         reader.join()
 
 
-def _metrics(port: int) -> dict[str, float]:
-    """By name and label values, as in ``cvworker_stage_busy_ratio process``."""
-    families = text_string_to_metric_families(_fetch(port, "metrics"))
-    samples = (sample for family in families for sample in family.samples if not sample.name.endswith("_bucket"))
-    return {" ".join((sample.name, *sample.labels.values())): sample.value for sample in samples}
-
-
-def _fetch(port: int, path: str) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=10) as response:
-        return str(response.read().decode())
-
-
 def _mean(name: str, before: dict[str, float], after: dict[str, float]) -> float:
     """Of a histogram, between the two."""
     name, space, label = name.partition(" ")
@@ -210,9 +199,3 @@ def _chosen(log: str) -> str:
     """The form of the network that the worker chose at its start; nothing where there was no choice."""
     lines = (json.loads(line) for line in log.splitlines() if line.startswith("{") and TUNED in line)
     return next((line["chosen"] for line in lines if line["event"] == TUNED), "")
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from load.proof.predict import Calibration, pace, predict
 from load.proof.world import World, world
+from load.scenarios.rows import BEHIND_S, BEHIND_SHARE
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -34,8 +35,6 @@ KNEE = 0.7
 """Of what all workers together can do. Their shares of it are not equal: who has more calls waiting gets more."""
 LONE_EVERY_S = 0.9
 WARM_UP = 16
-BEHIND_S, BEHIND_SHARE = 0.1, 0.01
-"""Where more than this share of the messages was sent so much later than intended, the run does not count."""
 PIPE_WIDTH = 160
 ROOT = Path(__file__).parents[2]
 

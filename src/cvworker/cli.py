@@ -53,6 +53,9 @@ COMMANDS = {
     "profile": Command(
         "cvworker.commands.profile:Profile", "measure a module here: which batch size, which precision, what bounds it"
     ),
+    "bench": Command(
+        "cvworker.commands.bench:Bench", "sequential, threads, DataLoader, batches, everything: what each adds here"
+    ),
     "cost": Command("cvworker.commands.cost:Cost", "what a million images cost on which machine, from profiles"),
     "modules": Command("cvworker.commands.modules:Modules", "list the modules that are installed"),
     "healthcheck": Command("cvworker.commands.healthcheck:Healthcheck", "ask a running worker whether it is alive"),

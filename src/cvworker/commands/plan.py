@@ -30,6 +30,8 @@ class Plan(CommandLine):
 
               cvworker plan --rate 50 --peak 200 --latency-s 30 --images-per-s 120 --machines g4dn.2xlarge
 
+              cvworker plan --rate 50 --load-result build/load/offline.json
+
               cvworker plan --example > traffic.toml
     """
 
@@ -39,6 +41,9 @@ class Plan(CommandLine):
     )
     measured: TextList = Field(
         [], description="MACHINE=IMAGES_S: what a load test saw one task do at most; its plan goes no further"
+    )
+    load_result: TextList = Field(
+        [], description="offline.json or online.json of 'python -m load.scenarios': its pace, as by --measured"
     )
     prices: Path | None = Field(None, description="TOML with machines and prices, over those of the catalogue")
     machines: TextList = Field([], description="Machine types to look at; default: all that something is known of")
@@ -114,22 +119,40 @@ class Plan(CommandLine):
         from cvworker.lab.results import Profile
         from cvworker.plan.machines import HERE, by_hand, from_profile, machine_types
 
-        paces = _paces(self.measured, {*prices.machines, HERE})
+        known = {*prices.machines, HERE}
+        batch_size = None if self.batch == "auto" else self.batch
+        loads = _load_results(self.load_result, known)
+        paces = _paces(self.measured, known) | loads
         if self.images_per_s is not None and not self.profile:
-            return by_hand(
-                self.images_per_s, prices, wanted=self.machines, batch_size=None if self.batch == "auto" else self.batch
-            )
+            return by_hand(self.images_per_s, prices, wanted=self.machines, batch_size=batch_size)
+        if loads and not self.profile:
+            wanted = [name for name in loads if not self.machines or name in self.machines]
+            if not wanted:
+                raise StartupError(f"machines: the load results are of {', '.join(loads)}; name one of these")
+            return [
+                machine
+                for name in wanted
+                for machine in by_hand(
+                    loads[name], prices, wanted=[] if name == HERE else [name], batch_size=batch_size
+                )
+            ]
         if not self.profile:
             raise StartupError(
-                "profile: give what 'cvworker profile' wrote, by --profile PATH; or a task's pace, by --images-per-s"
+                "profile: give what 'cvworker profile' wrote, by --profile PATH; or a task's pace, by --images-per-s "
+                "or --load-result"
             )
         measured = [from_profile(Profile.load(Path(path)), prices) for path in self.profile]
+        if HERE in loads and all(each.machine in prices.machines for each in measured):
+            raise StartupError(
+                "load_result: its machine has no type, and the profiles' have; measure with --machine-type, or give "
+                "its pace by --measured MACHINE=IMAGES_S"
+            )
         return machine_types(
             measured,
             prices,
             wanted=self.machines,
             latency_s=self.latency_s,
-            batch_size=None if self.batch == "auto" else self.batch,
+            batch_size=batch_size,
             paces=paces,
         )
 
@@ -143,6 +166,22 @@ def _paces(given: list[str], known: set[str]) -> dict[str, float]:
     for name in found:
         if name not in known:
             raise StartupError(f"measured: there is no {name!r} in the catalogue; add it by --prices FILE")
+    return found
+
+
+def _load_results(given: list[str], known: set[str]) -> dict[str, float]:
+    """Images a second of one task, by machine type, as load tests saw them. Raises StartupError for what is none."""
+    from cvworker.plan.machines import HERE
+    from cvworker.plan.reading import read_load_result
+
+    found = {}
+    for path in given:
+        machine, pace = read_load_result(Path(path))
+        if machine is not None and machine not in known:
+            raise StartupError(
+                f"load_result: {path}, machine: there is no {machine!r} in the catalogue; add it by --prices FILE"
+            )
+        found[machine or HERE] = pace
     return found
 
 

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +51,28 @@ def free_port() -> int:
 
 
 class DemoWorker:
-    """``cvworker run`` with its output in the file ``log`` and its endpoints at ``url``.
+    """``cvworker run``, or another ``command``, with its output in the file ``log`` and its endpoints at ``url``.
 
     It is in a process group of its own: Ctrl-C at a terminal reaches every process of the group, and a worker that is
     told to stop twice does not stop in order.
     """
 
-    def __init__(self, environment: Mapping[str, str], *, log: Path, url: str, cwd: Path | None = None) -> None:
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        *,
+        log: Path,
+        url: str = "",
+        cwd: Path | None = None,
+        command: Sequence[str] = ("cvworker", "run"),
+    ) -> None:
         self.url = url
         self._log = log
         self._asked = False
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # a proxy knows no such host
         with log.open("w") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "cvworker", "run"],
+                [sys.executable, "-P", "-m", *command],
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
@@ -72,6 +80,10 @@ class DemoWorker:
                 process_group=0,
                 cwd=cwd,
             )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     @property
     def exit_code(self) -> int | None:

@@ -1,7 +1,8 @@
-"""A traffic file, read and checked: what is wrong is told in one line that names the row and the field."""
+"""Traffic files and load results, read and checked: what is wrong is one line that names the row and the field."""
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -134,6 +135,58 @@ def read_traffic(path: Path) -> TrafficFile:
         return TrafficFile.model_validate(found)
     except ValidationError as error:
         raise StartupError(f"traffic: {path}: {_problem(error)}") from None
+
+
+LOAD_FORMAT, LOAD_VERSION = "cvworker load", 1
+"""Of the raw data that ``python -m load.scenarios`` writes (load/scenarios/raw.py)."""
+
+
+class _Machine(BaseModel):
+    type: str | None = None
+
+
+class _LoadResult(BaseModel):
+    """What is read of it; the rest is ignored."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    scenario: str
+    workers: Annotated[int, Field(ge=0)]
+    machine: _Machine
+    pace_images_s: Positive | None
+
+
+def read_load_result(path: Path) -> tuple[str | None, float]:
+    """The machine type, where it is known, and the images a second that one of its workers did at most.
+
+    Raises StartupError with one line: the file, the field, and what is wrong with it.
+    """
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StartupError(f"load_result: {path} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise StartupError(f"load_result: {path}: it is not JSON ({error})") from None
+    if not isinstance(found, dict) or found.get("format") != LOAD_FORMAT:
+        raise StartupError(f"load_result: {path}, format: not of 'python -m load.scenarios'; give its offline.json")
+    if found.get("version") != LOAD_VERSION:
+        raise StartupError(
+            f"load_result: {path}, version: {found.get('version')!r}, and this reads {LOAD_VERSION}: measure again"
+        )
+    try:
+        result = _LoadResult.model_validate(found)
+    except ValidationError as error:
+        raise StartupError(f"load_result: {path}: {_problem(error)}") from None
+    if result.pace_images_s is None:
+        raise StartupError(
+            f"load_result: {path}, pace_images_s: {result.scenario!r} tells none; give offline.json or online.json"
+        )
+    if not result.workers:
+        raise StartupError(
+            f"load_result: {path}, workers: they ran elsewhere, and how many is not known; give the pace of one by "
+            "--measured MACHINE=IMAGES_S"
+        )
+    return result.machine.type, result.pace_images_s / result.workers
 
 
 def _problem(error: ValidationError) -> str:

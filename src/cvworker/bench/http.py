@@ -69,7 +69,7 @@ class Connection(asyncio.Protocol):
             self._transport.write(data)
 
 
-async def serve(handler: Handler, port: int = 0) -> asyncio.Server:
-    """Listen on the loopback."""
+async def serve(handler: Handler, port: int = 0, host: str = "127.0.0.1") -> asyncio.Server:
+    """Listen, on the loopback where nothing else is said."""
     loop = asyncio.get_running_loop()
-    return await loop.create_server(lambda: Connection(handler), "127.0.0.1", port, backlog=1024)
+    return await loop.create_server(lambda: Connection(handler), host, port, backlog=1024)

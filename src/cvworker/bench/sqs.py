@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from load.compare.http import Connection, response
+from cvworker.bench.http import Connection, response
 
 VISIBILITY_S = 30
 MAX_RECEIVES = 5
@@ -57,6 +57,8 @@ class Queue:
     body: Callable[[int], str]
     backlog: int | None = None
     every: float = 0.0
+    closed: bool = False
+    """Nothing new is given out any more; what expires still comes again."""
     most_held: int = 0
     _began: float = 0.0
     counts: Counts = field(default_factory=Counts)
@@ -68,6 +70,11 @@ class Queue:
     @property
     def held(self) -> int:
         return len(self._held)
+
+    @property
+    def given(self) -> int:
+        """Messages given out so far, each counted once."""
+        return self._next
 
     def handle(self, connection: Connection, head: bytes, data: bytes) -> None:
         """One request of the protocol."""
@@ -101,7 +108,7 @@ class Queue:
         taken: list[tuple[int, int]] = []
         while self._again and len(taken) < at_most:
             taken.append(self._again.popleft())
-        fresh = at_most - len(taken)
+        fresh = 0 if self.closed else at_most - len(taken)
         if self.backlog is not None:
             fresh = min(fresh, self.backlog - self._next)
         if self.every:
@@ -121,8 +128,12 @@ class Queue:
         return (
             f'{{"MessageId":"message-{number}","ReceiptHandle":"{number}.{receives}","MD5OfBody":"{checksum}",'
             f'"Body":{json.dumps(body)},"Attributes":{{"ApproximateReceiveCount":"{receives}",'
-            f'"SentTimestamp":"{time.time_ns() // 1_000_000}"}}}}'
+            f'"SentTimestamp":"{self._sent_ms(number)}"}}}}'
         )
+
+    def _sent_ms(self, number: int) -> int:
+        """When a message was sent, in milliseconds since the epoch: just now, as it is made when it is received."""
+        return time.time_ns() // 1_000_000
 
     def _sweep(self, now: float) -> None:
         while self._due and self._due[0][0] <= now:
