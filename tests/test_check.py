@@ -57,6 +57,32 @@ def test_every_hook_is_shown_with_shapes_and_times_for_a_picture_of_ones_own(pho
     assert re.search(r'image +\{"mean": \[100, 100, 100\]\}', done.stdout)
 
 
+def test_threads_that_wait_for_one_another_sleep_unless_the_environment_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / "telling.py"
+    module.write_text(
+        "import os\n"
+        "from modules.mean import Mean\n"
+        "class Telling(Mean):\n"
+        "    def setup(self, device):\n"
+        "        open('told', 'w').write(os.environ.get('OMP_WAIT_POLICY', 'as OpenMP likes'))\n"
+    )
+    for variable, value, told in (
+        (None, "", "passive"),
+        ("OMP_WAIT_POLICY", "active", "active"),
+        ("GOMP_SPINCOUNT", "300000", "as OpenMP likes"),
+    ):
+        with monkeypatch.context() as patched:
+            for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+                patched.delenv(name, raising=False)
+            if variable is not None:
+                patched.setenv(variable, value)
+            done = check(tmp_path, "--module", f"{module}:Telling")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert (tmp_path / "told").read_text() == told
+
+
 @pytest.mark.parametrize(
     ("name", "hook", "said"),
     [

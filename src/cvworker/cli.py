@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -107,12 +108,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _let_threads_sleep() -> None:
+    """Let PyTorch's threads that wait for one another sleep, unless the environment says how they shall wait.
+
+    They share the cores with decoding and I/O, here and in the processes started from here. One that spins takes a
+    core from the very thread it waits for (docs/performance.md). OpenMP reads this once, when torch is loaded.
+    """
+    if "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def _run(name: str, arguments: list[str]) -> int:
     from pydantic import ValidationError
     from pydantic_settings import CliApp, SettingsError
 
     from cvworker.settings import PREFIX, flag
 
+    _let_threads_sleep()
     place, _, attribute = COMMANDS[name].settings.partition(":")
     cls = getattr(import_module(place), attribute)
     for secret in ("callback_secret", "egress_proxy"):
