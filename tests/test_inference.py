@@ -23,7 +23,7 @@ from cvworker.job import Job
 from cvworker.model.config import ModelConfig
 from cvworker.queues import JobQueue
 from cvworker.steps import inference as inference_module
-from cvworker.steps.inference import MAX_RESTARTS, Inference
+from cvworker.steps.inference import MAX_RESTARTS, READY_LEAST_S, Inference
 from fakes import StepClock, a_job, eventually
 
 MIB = 1024 * 1024
@@ -140,10 +140,11 @@ def clock() -> StepClock:
 
 
 @pytest.fixture
-def line(clock: StepClock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
+def line(clock: StepClock, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Line]:
+    """A started one; its parameter, where a test gives one, is ``stall_timeout``."""
     ScriptedLink.made, ScriptedLink.fail_from = [], 100
     monkeypatch.setattr(inference_module, "ModelLink", ScriptedLink)
-    line = Line(a_config(), clock)
+    line = Line(a_config(stall_timeout=getattr(request, "param", 100)), clock)
     line.step.start()
     yield line
     line.room.set()
@@ -267,6 +268,13 @@ def test_a_replacement_may_load_for_about_as_long_as_the_first_did_and_not_for_e
     (job,) = line.put(a_job())
     given(0, job).end()
     assert given(1, job).patience == a_config().stall_timeout < link(0).patience
+
+
+@pytest.mark.parametrize("line", [3], indirect=True)
+def test_a_replacement_may_load_for_a_minute_however_short_the_limit_for_a_batch(line: Line) -> None:
+    (job,) = line.put(a_job())
+    given(0, job).end()
+    assert given(1, job).patience == READY_LEAST_S
 
 
 def test_a_process_stuck_on_a_batch_is_ended_and_the_batch_blamed(line: Line, clock: StepClock) -> None:

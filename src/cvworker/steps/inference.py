@@ -29,8 +29,9 @@ GATHER_S = 0.01
 """While the process has plenty to do, images are handed to it a few at a time: each hand-over wakes three threads."""
 LAST_FRAMES_S = 0.1
 """To read what a process has said at its end, where the time to stop is used up."""
-READY_FACTOR = 3.0
-"""How much longer than the first process a replacement may take to load; at least ``stall_timeout``."""
+READY_FACTOR, READY_LEAST_S = 3.0, 60.0
+"""How much longer than the first process a replacement may take to load; at least ``stall_timeout``, and a minute: a
+short ``stall_timeout`` is about a batch, and by then the machine may be busier than at the start."""
 SILENCE_FACTOR = 1.5
 """The model process itself ends a DataLoader process that is stuck for ``stall_timeout``; it gets time to say so."""
 
@@ -117,7 +118,8 @@ class Inference:
             self._config = replace(self._config, precision=self.ready["precision"])
         if "batch_size" in self.ready:
             self._config = replace(self._config, batch_size=self.ready["batch_size"], auto_batch=False)
-        self._patience = max(self._config.stall_timeout, READY_FACTOR * (time.monotonic() - began))
+        first = time.monotonic() - began
+        self._patience = max(self._config.stall_timeout, READY_FACTOR * first, READY_LEAST_S)
         for thread in (*self.threads, self._watcher):
             thread.start()
         return self.ready
