@@ -22,8 +22,6 @@ WARM_S, WARM_AT_MOST_S = 3.0, 15.0
 """Seconds after the first answer: at least, and at most where answers are too few to wait for."""
 START_S = 120.0
 LOOK_S = 0.1
-SAMPLE_S = 1.0
-"""Between two looks at the memory; each costs some milliseconds of the same cores."""
 Tell = Callable[[str], None]
 
 
@@ -134,10 +132,10 @@ def measure(contender: Contender, load: Load, number: int, seconds: float, tell:
         while (warm := now["at"] - first) < WARM_S or (now["callbacks"] < load.warm_answers and warm < WARM_AT_MOST_S):
             tell("warming up")
             now = look()
-        before, cpu_before, pss, looked = now, tree.cpu_seconds(process.pid), 0, 0.0
+        pss = tree.pss_bytes(process.pid)  # outside the window: with six processes a look takes 60 ms of CPU
+        before, cpu_before = look(), tree.cpu_seconds(process.pid)
+        now = before
         while (elapsed := now["at"] - before["at"]) < seconds:
-            if elapsed - looked >= SAMPLE_S:
-                looked, pss = elapsed, max(pss, tree.pss_bytes(process.pid))
             tell(f"{elapsed:.0f} of {seconds:.0f} s")
             now = look()
         cpu_after = tree.cpu_seconds(process.pid)

@@ -30,8 +30,6 @@ WARM_S, WARM_MOST_S, WARM_ANSWERS = 3.0, 10.0, 100
 END_S = 60.0
 """For the answers to what was given out, after the window."""
 LOOK_S = 0.2
-MEMORY_LOOK_S = 1.0
-"""Between two looks at the memory; each costs some milliseconds of the same cores."""
 GRACE_S = 5
 
 Tell = Callable[[str], object]
@@ -145,12 +143,13 @@ def measure(rung: Rung, plan: Plan, number: int, gpu: Gpu, tell: Tell, check: Ca
         while (warm := now["at"] - first) < least or (now["callbacks"] < WARM_ANSWERS and warm < WARM_MOST_S):
             now = look()
         tell(f"measuring for {plan.seconds:g} s")
-        before, cpu, memory, looked = now, tree.cpu_seconds(process.pid), 0, 0.0
-        while (elapsed := now["at"] - before["at"]) < plan.seconds:
-            if elapsed - looked >= MEMORY_LOOK_S or not memory:
-                looked, memory = elapsed, max(memory, tree.pss_bytes(process.pid))
+        memory = tree.pss_bytes(process.pid)  # outside the window: with several processes a look takes 60 ms of CPU
+        before, cpu = look(), tree.cpu_seconds(process.pid)
+        now = before
+        while now["at"] - before["at"] < plan.seconds:
             now = look()
         cpu_after, after = tree.cpu_seconds(process.pid), now
+        memory = max(memory, tree.pss_bytes(process.pid))
         processes = len(tree.members(process.pid))
         share, taken = gpu.busy(before["at"], after["at"]), gpu.taken(before["at"], after["at"])
         taken_before = min(gpu.taken(began, first), default=0)

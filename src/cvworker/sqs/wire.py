@@ -6,30 +6,18 @@ https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-m
 from __future__ import annotations
 
 import json
-import socket
 from typing import TYPE_CHECKING, Any, Protocol
 
 import boto3
 import botocore.session
-import urllib3
 from botocore import xform_name
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    ConnectionClosedError,
-    ConnectTimeoutError,
-    EndpointConnectionError,
-    HTTPClientError,
-    NoCredentialsError,
-    ReadTimeoutError,
-    SSLError,
-)
+from botocore.exceptions import ClientError, HTTPClientError, NoCredentialsError
 from botocore.httpsession import get_cert_path
 from botocore.utils import get_environ_proxies
-from urllib3.connection import HTTPConnection
-from urllib3.util import Timeout
+
+from cvworker.sqs.connections import Answer, Connections
 
 if TYPE_CHECKING:
     from types_boto3_sqs import SQSClient
@@ -77,13 +65,11 @@ class Wire:
         self._region = client.meta.region_name
         self._url = client.meta.endpoint_url.rstrip("/") + "/"
         self._fields = {"Content-Type": "application/x-amz-json-1.0", "User-Agent": config.user_agent}
-        self._pool = urllib3.PoolManager(
-            maxsize=config.max_pool_connections,
-            timeout=Timeout(connect=config.connect_timeout, read=config.read_timeout),
-            retries=False,
-            cert_reqs="CERT_REQUIRED",
-            ca_certs=_certificates(session),
-            socket_options=[*HTTPConnection.default_socket_options, (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)],
+        self._connections = Connections(
+            self._url,
+            connect_timeout=config.connect_timeout,
+            read_timeout=config.read_timeout,
+            certificates=_certificates(session),
         )
 
     def __call__(self, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -91,19 +77,14 @@ class Wire:
         if self._credentials is None:
             raise NoCredentialsError
         fields = self._fields | {"X-Amz-Target": f"AmazonSQS.{operation}"}
-        request = AWSRequest("POST", self._url, headers=fields, data=json.dumps(arguments).encode())
+        body = json.dumps(arguments).encode()
+        request = AWSRequest("POST", self._url, headers=fields, data=body)
         SigV4Auth(self._credentials.get_frozen_credentials(), "sqs", self._region).add_auth(request)
-        try:
-            answer = self._pool.request(
-                "POST", self._url, body=request.data, headers=dict(request.headers.items()), redirect=False
-            )
-        except Exception as error:
-            raise self._meaning(error, request) from error
-        return self._read(operation, answer)
+        return self._read(operation, self._connections.post(dict(request.headers.items()), body))
 
-    def _read(self, operation: str, answer: urllib3.BaseHTTPResponse) -> dict[str, Any]:
+    def _read(self, operation: str, answer: Answer) -> dict[str, Any]:
         try:
-            body = json.loads(answer.data or b"{}")
+            body = json.loads(answer.body or b"{}")
             if not isinstance(body, dict):
                 raise ValueError("no JSON object")
         except ValueError as error:
@@ -112,28 +93,14 @@ class Wire:
             body = {}
         if answer.status < 300:
             return body
-        name = answer.headers.get(_OLD_NAMES, "").split(";")[0] or str(body.get("__type", answer.status))
-        text = str(body.get("message") or body.get("Message") or answer.reason or "")
-        told = {"HTTPStatusCode": answer.status, "HTTPHeaders": dict(answer.headers)}
+        name = answer.fields.get(_OLD_NAMES, "").split(";")[0] or str(body.get("__type", answer.status))
+        text = str(body.get("message") or body.get("Message") or answer.reason)
+        told = {"HTTPStatusCode": answer.status, "HTTPHeaders": answer.fields}
         refused: Any = {"Error": {"Code": name.rpartition("#")[2], "Message": text}, "ResponseMetadata": told}
         raise ClientError(refused, operation)
 
-    def _meaning(self, error: Exception, request: AWSRequest) -> BotoCoreError:
-        """What boto3's client raises in its place."""
-        if isinstance(error, urllib3.exceptions.SSLError):
-            return SSLError(endpoint_url=self._url, error=error)
-        if isinstance(error, urllib3.exceptions.NewConnectionError):
-            return EndpointConnectionError(endpoint_url=self._url, error=error)
-        if isinstance(error, urllib3.exceptions.ConnectTimeoutError):
-            return ConnectTimeoutError(endpoint_url=self._url, error=error)
-        if isinstance(error, urllib3.exceptions.ReadTimeoutError):
-            return ReadTimeoutError(endpoint_url=self._url, error=error)
-        if isinstance(error, urllib3.exceptions.ProtocolError):
-            return ConnectionClosedError(error=error, request=request, endpoint_url=self._url)
-        return HTTPClientError(error=error)
-
     def close(self) -> None:
-        self._pool.clear()
+        self._connections.close()
 
 
 def _is_plain(client: SQSClient) -> bool:
