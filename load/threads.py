@@ -16,7 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import median
 
-POLICIES = {"as OpenMP likes": {}, "passive": {"OMP_WAIT_POLICY": "passive"}}
+POLICIES = {
+    "as OpenMP likes": {},
+    "passive": {"OMP_WAIT_POLICY": "passive"},
+    "a short spin": {"GOMP_SPINCOUNT": "1000"},
+}
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 BATCH, SIDE = 8, 64
 WARM = 5

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from multiprocessing import context, reduction
 from typing import Any, cast
 
+import numpy as np
 import structlog
 import torch
 from torch.utils import _pytree as pytree
@@ -102,7 +103,7 @@ class Images(IterableDataset[Chunk]):
         memory = memoryview(mmap.mmap(self._arena, config.arena_size, access=mmap.ACCESS_READ))
         inlet = socket.socket(fileno=os.dup(self._inlet))
         inlet.setblocking(True)
-        row = self._slots[info.id if info else 0]
+        row = self._slots.numpy()[info.id if info else 0]  # a tensor would take microseconds to set an element of
         row[SLOT_PID] = os.getpid()
         if info is not None:
             configure(config.log_format, config.log_level)  # a process of its own: nothing is inherited
@@ -118,7 +119,7 @@ class Images(IterableDataset[Chunk]):
                 yield self._chunk(list(pool.map(lambda each: self._one(memory, each, None), wanted)))
 
     def _one(
-        self, memory: memoryview, descriptor: bytes, row: torch.Tensor | None
+        self, memory: memoryview, descriptor: bytes, row: np.ndarray | None
     ) -> tuple[int, float, Any, JobError | None]:
         number, offset, length, for_device = DESCRIPTOR.unpack(descriptor)
         module, config = cast(Module, self._module), self._config
