@@ -18,7 +18,7 @@ from load.compare.measure import Sample, world
 from load.compare.report import Report
 from load.compare.task import LOADS, SIDE, decode, preprocess
 
-from cvworker.bench.world import QUEUE
+from cvworker.bench.world import QUEUE, pace
 
 ROOT = Path(__file__).parents[1]
 MARK = "COMPARE_TEST_MARK"
@@ -70,6 +70,14 @@ def test_a_ratio_is_taken_within_its_round() -> None:
     # then the ratio does not see it
     assert rows["cvworker"].ratio == 1.5
     assert rows["cvworker"].images_s == 112.5
+
+
+def test_answers_that_come_a_batch_at_a_time_are_counted_from_batch_to_batch() -> None:
+    # given 16 answers every second, on the second, and looks at other moments
+    before, after = ({"at": at, "latest": float(int(at)), "callbacks": 16 * int(at)} for at in (3.9, 8.1))
+    # then neither end of the window adds or takes away a batch
+    assert pace(before, after) == 16.0
+    assert pace(before, before) == 0.0
 
 
 def test_pictures_are_what_the_numbers_are_told_for() -> None:

@@ -28,7 +28,7 @@ def sample(images_s: float, *, decode: str = "cpu", batch: int = 8, decoded_on: 
     plan = Plan("cuda:0", "resnet50", decode, "auto", "auto", batch, 1)
     times = dict.fromkeys(STAGES, 1.0)
     return Sample(
-        plan, 5.0, 100, images_s, 1.0, [90, 100], times, times, 8.0, "fp16", "fp16 channels-last",
+        plan, 5.0, 100, images_s, 1.0, [90, 100], times, 0.2, times, 8.0, "fp16", "fp16 channels-last",
         decoded_on or decode, 2, 9.0, 1000.0, 0, 0, 0, 0, 0.1,
     )  # fmt: skip
 

@@ -21,6 +21,7 @@ from cvworker.clock import Clock
 from cvworker.errors import JobError, StartupError
 from cvworker.job import Job
 from cvworker.model.config import ModelConfig
+from cvworker.observe.metrics import Metrics
 from cvworker.queues import JobQueue
 from cvworker.steps import inference as inference_module
 from cvworker.steps.inference import MAX_RESTARTS, READY_LEAST_S, Inference
@@ -42,6 +43,7 @@ class Line:
         self.arena = Arena(config.arena_size)
         self.inbox = JobQueue("inference", 100, clock.monotonic)
         self.ended: dict[int, Any] = {}
+        self.metrics = Metrics()
         self.room = threading.Event()
         self.room.set()
         self.step = Inference(
@@ -53,6 +55,7 @@ class Line:
             done=self._done,
             failed=lambda job, error: self._end(job, error),
             dropped=lambda job: self._end(job, "dropped"),
+            batch_done=self.metrics.batch_done,
         )
 
     def put(self, *jobs: Job, image: bytes = b"image") -> list[Job]:
@@ -126,9 +129,9 @@ class ScriptedLink:
     def says(self, **frame: Any) -> None:
         self._frames.put(frame)
 
-    def answers(self, *jobs: Job) -> None:
+    def answers(self, *jobs: Job, **told: float) -> None:
         self.says(started=[job.number for job in jobs])
-        self.says(done=[[job.number, 1.5, 2.5, {"seen": job.number}, None] for job in jobs], busy=0.01)
+        self.says(done=[[job.number, 1.5, 2.5, {"seen": job.number}, None] for job in jobs], busy=0.01, **told)
 
     def end(self) -> None:
         self._frames.put(None)
@@ -170,6 +173,19 @@ def test_results_come_back_with_their_timings_and_the_image_is_freed(line: Line)
     assert job.timings_ms == {"preprocess": 1.5, "process": 2.5}
     assert line.arena.used == 0
     assert len(line.step) == 0
+
+
+def test_batches_are_counted_and_where_there_was_a_copy_to_the_device_it_is_told(line: Line) -> None:
+    jobs = line.put(a_job("on a CPU"), a_job("on a GPU"))
+    given(0, *jobs).answers(jobs[0])
+    line.wait(jobs[0])
+    assert "cvworker_to_device_seconds_count 0.0" in line.metrics.text().decode()
+    link(0).answers(jobs[1], to_device=0.004)
+    line.wait(jobs[1])
+    told = line.metrics.text().decode()
+    for sample in ("cvworker_to_device_seconds_count 1.0", "cvworker_to_device_seconds_sum 0.004"):
+        assert sample in told
+    assert "cvworker_batch_size_count 2.0" in told
 
 
 def test_no_more_images_are_given_than_the_window_holds(line: Line) -> None:

@@ -153,6 +153,7 @@ def a_row(
     ms = {"queue": 5.0, "download": 10.0, "preprocess": 3.0, "process": 20.0, "total": latency_s * 1000 - 2}
     looks = {"at": [1.0, 2.0], "download_queue": [0, 1], "inference_queue": [1, 1], "results_queue": [0, 0]}
     counters = {"batches": 50, "samples": 200, "callbacks": 200, "callback_s": 0.4, "cpu_s": 6.0, "at": 10.0}
+    counters |= {"copies": 0, "copies_s": 0.0}
     return {
         "name": name,
         "traffic": f"constant:{rate}",
@@ -221,6 +222,13 @@ def test_the_split_adds_up_to_the_latency() -> None:
     roomy = row(a_row("roomy", 20.0, 0.3))
     assert (roomy.split_ms["download wait"], roomy.split_ms["preprocess wait"]) == pytest.approx((25.0, 50.0))
     assert (found.batch, found.cpu, found.cpu_beside) == (4.0, 0.6, pytest.approx(0.2))
+
+
+def test_a_copy_to_the_device_is_told_as_the_worker_timed_it() -> None:
+    assert row(a_row("on a CPU", 20.0, 0.1)).split_ms["to device"] == 0.0
+    on_gpu = a_row("on a GPU", 20.0, 0.1)
+    on_gpu["counters"] |= {"copies": 50, "copies_s": 0.1}
+    assert row(on_gpu).split_ms["to device"] == pytest.approx(2.0)
 
 
 def test_the_pace_of_a_full_queue_leaves_out_its_start_and_its_end() -> None:

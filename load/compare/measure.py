@@ -17,6 +17,7 @@ from load.compare.contenders import ROOT, Contender
 from load.compare.task import Load
 
 from cvworker.bench import tree
+from cvworker.bench.world import pace
 
 WARM_S, WARM_AT_MOST_S = 3.0, 15.0
 """Seconds after the first answer: at least, and at most where answers are too few to wait for."""
@@ -142,14 +143,15 @@ def measure(contender: Contender, load: Load, number: int, seconds: float, tell:
         cpu = sum(cpu_after.values()) - sum(cpu_before.values())
         pss = max(pss, tree.pss_bytes(process.pid))
         took = {name: value - before[name] for name, value in now.items() if not isinstance(value, str)}
-        answers = max(1, int(took["callbacks"]))
+        images_s = pace(before, now)
+        answers = max(1.0, images_s * took["at"])
         return Sample(
             worker=contender.name,
             load=load.name,
             round=number,
             seconds=took["at"],
             answers=int(took["callbacks"]),
-            images_s=took["callbacks"] / took["at"],
+            images_s=images_s,
             cpu_ms=1000 * cpu / answers,
             split_cpu_ms=tuple(1000 * (cpu_after[i] - cpu_before.get(i, 0.0)) / answers for i in cpu_after),
             world_cpu_ms=1000 * took["cpu"] / answers,

@@ -73,7 +73,7 @@ class Report:
             "device busy",
         ):
             table.add_column(name, justify="left" if name in ("decode", "optimize", "smallest limit") else "right")
-        for name in ("CPU ms", "batch got", *STAGES[1:]):
+        for name in ("CPU ms", "batch got", *STAGES[1:], "to device"):
             table.add_column(name, justify="right", no_wrap=True)
         for each in self.samples:
             plan = each.plan
@@ -90,6 +90,7 @@ class Report:
                 f"{each.cpu_ms:.2f}",
                 f"{each.batch_mean:.1f}",
                 *(f"{each.stage_ms[name]:.1f}" for name in STAGES[1:]),
+                f"{each.to_device_ms:.2f}",
             )
         return table
 

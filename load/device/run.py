@@ -18,6 +18,7 @@ from load.compare.task import LOADS
 from load.scenarios.watch import fetch, scrape
 
 from cvworker.bench import tree
+from cvworker.bench.world import pace
 from cvworker.embedded.demo_worker import free_port
 
 WARM_S, WARM_AT_MOST_S, WARM_BATCHES = 3.0, 15.0, 20
@@ -75,6 +76,8 @@ class Sample:
     device_busy: list[int] | None
     """Percent, as the driver told it twice a second; None without one."""
     stage_ms: dict[str, float]
+    to_device_ms: float
+    """A batch's copy to the device, which runs while the batch before it computes."""
     """Mean duration per image or call, by stage."""
     stage_busy: dict[str, float]
     batch_mean: float
@@ -139,15 +142,17 @@ def measure(plan: Plan, seconds: float, tell: Tell) -> Sample:
         after, text = scrape(url), log.read_text()
         model = json.loads(fetch(f"{url}status.json"))["model"]
         took = {name: value - before[name] for name, value in now.items() if not isinstance(value, str)}
-        answers = int(took["callbacks"])
+        images_s = pace(before, now)
+        answers = max(1.0, images_s * took["at"])
         return Sample(
             plan=plan,
             seconds=took["at"],
-            answers=answers,
-            images_s=answers / took["at"],
-            cpu_ms=1000 * cpu / max(1, answers),
+            answers=int(took["callbacks"]),
+            images_s=images_s,
+            cpu_ms=1000 * cpu / answers,
             device_busy=busy,
             stage_ms={name: 1000 * _mean(f"cvworker_stage_duration_seconds {name}", metrics, after) for name in STAGES},
+            to_device_ms=1000 * _mean("cvworker_to_device_seconds", metrics, after),
             stage_busy={name: after.get(f"cvworker_stage_busy_ratio {name}", 0.0) for name in STAGES},
             batch_mean=_mean("cvworker_batch_size", metrics, after),
             precision=model["precision"],
@@ -160,7 +165,7 @@ def measure(plan: Plan, seconds: float, tell: Tell) -> Sample:
             repeats=int(now["repeats"]),
             expired=int(now["expired"]),
             restarts=int(after.get("cvworker_model_restarts_total", 0)),
-            world_cpu_ms=1000 * took["cpu"] / max(1, answers),
+            world_cpu_ms=1000 * took["cpu"] / answers,
         )
 
 

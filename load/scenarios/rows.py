@@ -140,7 +140,7 @@ def split(raw: dict[str, Any]) -> dict[str, float | None]:
         scale = min(1.0, rest / sum(waits.values())) if sum(waits.values()) else 1.0
         found["download wait"], found["preprocess wait"] = (scale * wait for wait in waits.values())
         found["batch wait"] = rest - scale * sum(waits.values())
-        found["to device"] = None if raw["gpu"]["busy"] is not None else 0.0
+        found["to device"] = 1000 * counters["copies_s"] / counters["copies"] if counters.get("copies") else 0.0
     if counters["callbacks"]:
         found["callback"] = 1000 * counters["callback_s"] / counters["callbacks"]
     return found

@@ -24,6 +24,8 @@ IN_HAND = ("download", "model", "callback")
 COUNTERS = {
     "batches": "cvworker_batch_size_count",
     "samples": "cvworker_batch_size_sum",
+    "copies": "cvworker_to_device_seconds_count",
+    "copies_s": "cvworker_to_device_seconds_sum",
     "callbacks": "cvworker_stage_duration_seconds_count callback",
     "callback_s": "cvworker_stage_duration_seconds_sum callback",
     "restarts": "cvworker_model_restarts_total",

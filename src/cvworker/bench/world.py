@@ -17,9 +17,10 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cvworker.bench.http import Connection, response, serve
 from cvworker.bench.sqs import ACCOUNT, Queue
@@ -33,6 +34,15 @@ MOST_TIMED = 1000
 _SIGNED = re.compile(rb"\r\nwebhook-(id|timestamp|signature): *([^\r]*)", re.IGNORECASE)
 
 
+def pace(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
+    """Answers a second between two :meth:`World.counts`, each taken where the last answer before it came.
+
+    Answers come a batch at a time: by the clock alone, a window of ten batches would be a tenth too long or too short.
+    """
+    took = after["latest"] - before["latest"]
+    return float((after["callbacks"] - before["callbacks"]) / took) if took > 0 else 0.0
+
+
 def plain(request: str, _number: int) -> str:
     """A request as clients write it into a queue."""
     return request
@@ -44,6 +54,8 @@ class Receiver:
 
     signer: Signer | None = None
     callbacks: int = 0
+    latest: float = 0.0
+    """When the last of them came, by the monotonic clock."""
     errors: int = 0
     """Answers whose status is ``error``."""
     first_error: str = ""
@@ -56,6 +68,7 @@ class Receiver:
         """One answer."""
         answer = json.loads(body)
         self.callbacks += 1
+        self.latest = time.monotonic()
         self.ids.add(answer["id"])
         if answer.get("status") == "error":
             self.errors += 1
@@ -106,6 +119,7 @@ class World:
             "at": time.monotonic(),
             "cpu": time.process_time(),
             "callbacks": self.receiver.callbacks,
+            "latest": self.receiver.latest,
             "answered": len(self.receiver.ids),
             "errors": self.receiver.errors,
             "first_error": self.receiver.first_error,

@@ -131,7 +131,8 @@ class ModelProcess:
             began = time.monotonic()
             done = self._runner.run(staged)
             self._batcher.batch_size = self._runner.batch_size
-            self.send_text(_done_frame(done, time.monotonic() - began))
+            busy = time.monotonic() - began
+            self.send_text(_done_frame(done, busy, None if staged.copy is None else staged.copy.seconds()))
 
     def _staged_in_turn(self) -> Iterator[Staged]:
         """Where batches compute on the same cores, there is nothing to overlap."""
@@ -338,10 +339,11 @@ def _thread(target: Any, name: str) -> threading.Thread:
     return thread
 
 
-def _done_frame(done: list[Done], busy: float) -> str:
+def _done_frame(done: list[Done], busy: float, to_device: float | None) -> str:
     rows = []
     for each in done:
         error = "null" if each.error is None else json.dumps([type(each.error).__name__, each.error.message])
         times = f"{each.sample.preprocess_ms:.3f},{each.process_ms:.3f}"
         rows.append(f"[{each.sample.number},{times},{each.result or 'null'},{error}]")
-    return f'{{"done":[{",".join(rows)}],"busy":{busy:.6f}}}'
+    copied = "" if to_device is None else f',"to_device":{to_device:.6f}'
+    return f'{{"done":[{",".join(rows)}],"busy":{busy:.6f}{copied}}}'

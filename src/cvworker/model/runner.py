@@ -26,13 +26,28 @@ MAX_PATIENCE = 4096
 log = structlog.get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A batch's way to a CUDA device, in events of the copy stream."""
+
+    begun: torch.cuda.Event
+    ended: torch.cuda.Event
+    ready: torch.cuda.Event
+    """When the batch may be computed with; after ``ended`` where parts of it were put together on the device."""
+
+    def seconds(self) -> float:
+        """How long it took, by the device's clock. Waits until it is over."""
+        self.ended.synchronize()
+        return float(self.begun.elapsed_time(self.ended)) / 1000
+
+
 @dataclass(slots=True)
 class Staged:
     """A batch on its way: the samples it was made of, and what :meth:`Runner.stage` made of them."""
 
     samples: list[Sample]
     batch: Any = None
-    copied: torch.cuda.Event | None = None
+    copy: Copy | None = None
     error: Exception | None = None
 
 
@@ -114,7 +129,7 @@ class Runner:
         """Collate samples and begin their copy to the device; an error is kept for :meth:`run` to deal with."""
         staged = Staged(samples)
         try:
-            staged.batch, staged.copied = self._collate(samples)
+            staged.batch, staged.copy = self._collate(samples)
         except Exception as error:  # collate is the module's
             staged.error = _noted(samples, error)
         return staged
@@ -138,8 +153,8 @@ class Runner:
         if staged.error is not None:
             return [], staged.error
         try:
-            if staged.copied is not None:
-                torch.cuda.current_stream(self._device).wait_event(staged.copied)
+            if staged.copy is not None:
+                torch.cuda.current_stream(self._device).wait_event(staged.copy.ready)
                 _keep(staged.batch, torch.cuda.current_stream(self._device))
             began = time.perf_counter()
             results = self._process(staged.batch, len(staged.samples))
@@ -153,9 +168,9 @@ class Runner:
         """As :meth:`stage` and :meth:`run`, but what the module raises comes out: for warm-up and checks."""
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self._device))  # samples may have been made on it
-        batch, copied = self._collate(samples)
-        if copied is not None:
-            copied.synchronize()
+        batch, copy = self._collate(samples)
+        if copy is not None:
+            copy.ready.synchronize()
         began = time.perf_counter()
         results = self._process(batch, len(samples))
         took = (time.perf_counter() - began) * 1000
@@ -196,22 +211,23 @@ class Runner:
             done += self.run(self.stage(samples[len(done) : len(done) + self.batch_size]))
         return done
 
-    def _collate(self, samples: list[Sample]) -> tuple[Any, torch.cuda.Event | None]:
-        values = [sample.value for sample in samples]
+    def _collate(self, samples: list[Sample]) -> tuple[Any, Copy | None]:
+        values: Any = [sample.value for sample in samples]
         if self.stream is None:
             return self._module.collate(values), None
         with torch.cuda.stream(self.stream):
-            if any(map(_is_on_cuda, values)):  # some were decoded there, and the others join them
-                values = [pytree.tree_map_only(torch.Tensor, self._to_device, value) for value in values]
-            batch = pytree.tree_map_only(torch.Tensor, self._to_device, self._module.collate(values))
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record(self.stream)
-        return batch, copied
+            mixed = any(map(_is_on_cuda, values))  # some were decoded there, and the others join them
+            host = pytree.tree_map_only(torch.Tensor, _pinned, values if mixed else self._module.collate(values))
+            begun = _event(self.stream)
+            batch = pytree.tree_map_only(torch.Tensor, self._to_device, host)
+            ended = ready = _event(self.stream)
+            if mixed:
+                batch = pytree.tree_map_only(torch.Tensor, self._to_device, self._module.collate(batch))
+                ready = _event(self.stream)
+        return batch, Copy(begun, ended, ready)
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.device.type == "cpu" and not tensor.is_pinned():
-            tensor = tensor.pin_memory()
-        return tensor.to(self._device, non_blocking=True)
+        return _pinned(tensor).to(self._device, non_blocking=True)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """What ``process`` runs in, for its precision."""
@@ -221,6 +237,17 @@ class Runner:
 
 def _is_on_cuda(value: Any) -> bool:
     return any(isinstance(leaf, torch.Tensor) and leaf.is_cuda for leaf in pytree.tree_leaves(value))
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.pin_memory() if tensor.device.type == "cpu" and not tensor.is_pinned() else tensor
+
+
+def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """Recorded now, and made to be timed by."""
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record(stream)
+    return event
 
 
 def _keep(batch: Any, stream: torch.cuda.Stream) -> None:

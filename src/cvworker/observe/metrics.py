@@ -24,6 +24,7 @@ STAGES = ("receive", "download", "preprocess", "process", "callback")
 QUEUES = ("download", "inference", "results")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 LONG_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
+COPY_SECONDS = (0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 CODE_CLASSES = ("2xx", "3xx", "4xx", "5xx", "timeout", "error", "refused")
 SQS_OPERATIONS = ("receive", "delete", "change_visibility", "get_attributes")
@@ -73,6 +74,12 @@ class Metrics:
             "cvworker_end_to_end_seconds", "Sent to answered", registry=registry, buckets=LONG_SECONDS
         )
         self.batch_size = Histogram("cvworker_batch_size", "Samples in a batch", registry=registry, buckets=BATCHES)
+        self.to_device = Histogram(
+            "cvworker_to_device_seconds",
+            "Copy of a batch to a CUDA device",
+            registry=registry,
+            buckets=COPY_SECONDS,
+        )
         self.callbacks = Counter("cvworker_callbacks", "Callback requests", ["code_class"], registry=registry)
         self.sqs_requests = Counter(
             "cvworker_sqs_requests", "Calls to SQS", ["operation", "outcome"], registry=registry
@@ -136,8 +143,11 @@ class Metrics:
         self._longest_wait = max(self._longest_wait, waited)
         self.queue_wait.observe(waited)
 
-    def batch_done(self, size: int, seconds: float) -> None:
+    def batch_done(self, size: int, seconds: float, to_device: float | None) -> None:
+        """A batch was computed. Its copy to the device, where there was one, ran beside the batch before it."""
         self.batch_size.observe(size)
+        if to_device is not None:
+            self.to_device.observe(to_device)
         self.timed("process", seconds)
 
     def called_back(self, code_class: str, seconds: float) -> None:

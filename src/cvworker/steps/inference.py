@@ -57,7 +57,7 @@ class Inference:
         done: Callable[[list[Job]], None],
         failed: Callable[[Job, JobError], None],
         dropped: Callable[[Job], None],
-        batch_done: Callable[[int, float], None] = lambda _size, _seconds: None,
+        batch_done: Callable[[int, float, float | None], None] = lambda _size, _seconds, _to_device: None,
         brought_back: Callable[[], None] = lambda: None,
     ) -> None:
         self._config = config
@@ -217,7 +217,7 @@ class Inference:
             self._suspects, self._batch_since = set(), None
             self._restarts = 0
             rows = frame["done"]
-            self._batch_done(len(rows), frame["busy"])
+            self._batch_done(len(rows), frame["busy"], frame.get("to_device"))
             if self.traced is not None:
                 self.traced([job for row in rows if (job := self._jobs.get(row[0])) is not None], frame["busy"])
             jobs, done = self._forget([row[0] for row in rows]), []
