@@ -12,6 +12,7 @@ from torch import nn
 from cvworker import Module
 from cvworker.model import optimize
 from cvworker.model.optimize import ChannelsLast, Compiled, PaddedForward, has_images, network_of, padded_sizes
+from cvworker.model.prepacking import Prepacked
 
 
 def a_network() -> nn.Sequential:
@@ -52,6 +53,52 @@ def test_weights_that_autocast_would_convert_are_converted_once_with_the_very_sa
     assert [weight.dtype for weight in model.parameters()].count(torch.bfloat16) == 4
     assert model[1].weight.dtype is torch.float32, "batch norms are computed in fp32"
     torch.testing.assert_close(outputs(model, torch.bfloat16), expected)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_packed_convolutions_answer_the_same_for_batches_of_every_size(dtype: torch.dtype | None) -> None:
+    # given convolutions of each kind: plain, strided, dilated, in groups, without a bias, folded with a norm
+    layers = [
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 8, 3, stride=2, groups=8, bias=False),
+        nn.Conv2d(8, 4, (3, 1), dilation=(2, 1), groups=2),
+        nn.Conv2d(4, 4, 3, padding="same"),
+        nn.Conv2d(4, 2, 3, padding=1, padding_mode="reflect"),
+    ]
+    torch.manual_seed(3)
+    model = nn.Sequential(*layers).eval()
+    batches = [torch.rand(shape) for shape in ((4, 3, 32, 24), (1, 3, 32, 24), (3, 3, 17, 40))]
+    tolerance = {} if dtype is None else {"atol": 0.02, "rtol": 0.02}
+
+    def answers() -> list[torch.Tensor]:
+        with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+            return [model(batch).float() for batch in batches]
+
+    expected = answers()
+    form = ChannelsLast(model, dtype)
+    form.on()
+    packed = [layer for layer in model if isinstance(vars(layer).get("forward"), Prepacked)]
+    assert len(packed) == 3
+    torch.testing.assert_close(answers(), expected, **tolerance)
+    # and other weights, which somebody may load later, are seen
+    packed[0].weight = nn.Parameter(torch.zeros_like(packed[0].weight))
+    packed[0].bias = nn.Parameter(torch.zeros_like(packed[0].bias))
+    four, one, _ = answers()
+    torch.testing.assert_close(four, one.expand_as(four), **tolerance)
+    form.off()
+    assert not any("forward" in vars(layer) for layer in model)
+
+
+def test_a_convolution_that_is_trained_further_or_given_one_image_computes_as_it_always_did() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 3))
+    image = torch.rand(3, 8, 8)
+    expected = model(image)
+    ChannelsLast(model, None).on()
+    model(image[None]).sum().backward()
+    assert model[0].weight.grad is not None
+    with torch.inference_mode():
+        torch.testing.assert_close(model(image), expected)
 
 
 def test_a_layer_of_the_modules_own_keeps_its_type() -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 import boto3
 from botocore.config import Config
+from load.scenarios.broker import ministack
 from PIL import Image
 
 from cvworker.embedded.image_host import ImageHost
@@ -56,21 +56,12 @@ class MiniStack:
     """MiniStack's SQS: a second peer, fast at any depth."""
 
     def __enter__(self) -> MiniStack:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.endpoint = f"http://127.0.0.1:{self.port}"
-        environment = {**os.environ, "SERVICES": "sqs", "GATEWAY_PORT": str(self.port), "BIND_HOST": "127.0.0.1"}
-        environment["LOG_LEVEL"] = "ERROR"
-        self._process = subprocess.Popen(
-            [BIN / "ministack"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        poll(self._answers, 60, "MiniStack answers")
+        self._running = ministack()
+        _, self.endpoint = self._running.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
+        self._running.__exit__(None, None, None)
 
     def environment(self) -> dict[str, str]:
         return {
@@ -99,13 +90,6 @@ class MiniStack:
             arn = client.get_queue_attributes(QueueUrl=dead, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
             attributes["RedrivePolicy"] = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": max_receives})
         return str(client.create_queue(QueueName=name, Attributes=attributes)["QueueUrl"])
-
-    def _answers(self) -> bool:
-        try:
-            self.client().list_queues()
-        except Exception:
-            return False
-        return True
 
 
 class WorkerProcess:

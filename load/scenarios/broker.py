@@ -66,12 +66,13 @@ def broker(kind: str, url: str | None, peer: Peer) -> Iterator[Broker]:
         note = "" if kind == "fast" else "MiniStack is not installed (pip install ministack): the fast queue is used"
         yield Broker("fast", peer.base + QUEUE, local(peer.base), note=note)
     else:
-        with _ministack() as (pid, endpoint):
+        with ministack() as (pid, endpoint):
             yield Broker("ministack", create_queue(endpoint, "images"), local(endpoint), pid)
 
 
 @contextmanager
-def _ministack() -> Iterator[tuple[int, str]]:
+def ministack() -> Iterator[tuple[int, str]]:
+    """MiniStack's SQS, as long as the block runs: its process and its endpoint. Raises StartupError."""
     port = free_port()
     environment = {**os.environ, "SERVICES": "sqs", "GATEWAY_PORT": str(port), "BIND_HOST": "127.0.0.1"}
     process = subprocess.Popen(

@@ -83,7 +83,7 @@ def _names(model: nn.Module, prefix: str) -> Iterator[tuple[str, str]]:
 
 def _foldable(convolution: nn.Module, norm: nn.Module) -> Pair | None:
     # A subclass may do anything with its weights, and a parametrized layer is one.
-    if type(convolution) not in CONVOLUTIONS or type(norm) not in NORMS or _watched(convolution) or _watched(norm):
+    if type(convolution) not in CONVOLUTIONS or type(norm) not in NORMS or watched(convolution) or watched(norm):
         return None
     assert isinstance(convolution, _ConvNd)
     assert isinstance(norm, _BatchNorm)
@@ -96,5 +96,6 @@ def _has_norms(model: nn.Module) -> bool:
     return any(type(part) in NORMS for part in model.modules())
 
 
-def _watched(layer: nn.Module) -> bool:
+def watched(layer: nn.Module) -> bool:
+    """Whether hooks or another ``forward`` see what goes in and comes out."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
