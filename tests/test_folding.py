@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from cvworker.model.folding import pairs_of
+from cvworker.model.folding import Chain, chains_of
 from cvworker.model.optimize import ChannelsLast
 
 
@@ -45,6 +45,11 @@ def outputs(model: nn.Module, side: int = 32) -> Tensor:
     return result
 
 
+def pairs_of(model: nn.Module) -> list[Chain]:
+    """Convolutions with their norms."""
+    return [chain for chain in chains_of(model) if chain.norm is not None]
+
+
 @pytest.mark.parametrize(
     ("name", "norms"), [("resnet18", 20), ("mobilenet_v3_small", 34), ("efficientnet_b0", 49), ("vit_b_32", 0)]
 )
@@ -55,6 +60,75 @@ def test_every_norm_of_known_networks_is_folded_and_answers_stay(name: str, norm
     expected = outputs(model, side)
     ChannelsLast(model, None).on()
     torch.testing.assert_close(outputs(model, side), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "activations"),
+    [("resnet18", 9), ("mobilenet_v3_small", 32), ("mobilenet_v2", 35), ("efficientnet_b0", 49)],
+)
+def test_activations_that_alone_take_a_convolutions_output_are_computed_with_it(name: str, activations: int) -> None:
+    model = with_statistics(models.get_model(name))
+    assert sum(chain.activation is not None for chain in chains_of(model)) == activations
+
+
+class Activations(nn.Module):
+    """One convolution and one activation, put together by ``way``."""
+
+    def __init__(self, way: Callable[[Activations, Tensor], Tensor], activation: nn.Module) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.act = activation
+        self.way = way
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.way(self, batch)
+
+
+def changed_in_place(net: Activations, x: Tensor) -> Tensor:
+    found = net.act(net.conv(x))
+    found -= 0.2
+    return net.act(found)  # the second call is of something else
+
+
+def of_a_view(net: Activations, x: Tensor) -> Tensor:
+    return net.act(net.act(net.conv(x))[:, :2] - 0.2)
+
+
+def of_both(net: Activations, x: Tensor) -> Tensor:
+    before = net.conv(x)
+    return net.act(before) + before
+
+
+def functional(net: Activations, x: Tensor) -> Tensor:
+    return nn.functional.relu(net.conv(x)) + net.act(x - 0.5)
+
+
+@pytest.mark.parametrize("way", [changed_in_place, of_a_view, of_both, functional])
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.Hardswish(), nn.SiLU()], ids=str
+)
+def test_answers_stay_however_an_activation_is_used(
+    way: Callable[[Activations, Tensor], Tensor], activation: nn.Module
+) -> None:
+    torch.manual_seed(2)
+    model = Activations(way, activation).eval()
+    nn.init.normal_(model.conv.weight, std=3.0)  # so that ReLU6 and Hardswish meet all they tell apart
+    expected = outputs(model)
+    form = ChannelsLast(model, None)
+    form.on()
+    for _ in range(2):
+        torch.testing.assert_close(outputs(model), expected)
+    form.off()
+    assert torch.equal(outputs(model), expected)
+
+
+def test_a_watched_activation_sees_what_it_always_saw() -> None:
+    seen: list[Tensor] = []
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    model[1].register_forward_hook(lambda _layer, inputs, _output: seen.append(inputs[0].clone()))
+    ChannelsLast(model, None).on()
+    outputs(model)
+    assert bool((seen[0] < 0).any())
 
 
 def test_a_detector_whose_way_depends_on_the_data_is_folded_in_its_parts() -> None:

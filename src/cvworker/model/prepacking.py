@@ -1,4 +1,5 @@
-"""Convolution weights in the order that oneDNN computes in: otherwise every batch puts them into it anew.
+"""Convolutions as oneDNN likes them: weights in its own order, which every batch would put them into anew otherwise,
+and the activation that follows computed before the result is written.
 
 By operators that ``torch.compile`` uses for the same: https://docs.pytorch.org/docs/stable/torch.compiler.html
 """
@@ -12,6 +13,14 @@ from torch import nn
 
 from cvworker.model.folding import watched
 
+POINTWISE: dict[type[nn.Module], tuple[str, list[float]]] = {
+    nn.ReLU: ("relu", []),
+    nn.ReLU6: ("hardtanh", [0.0, 6.0]),
+    nn.Hardswish: ("hardswish", []),
+    nn.SiLU: ("swish", []),
+}
+"""oneDNN's names for activations, with their arguments."""
+_DONE = "_cvworker_activated"
 TYPES = (torch.float32, torch.bfloat16)
 
 
@@ -22,8 +31,10 @@ class Prepacked:
     Calls that it is not meant for run the layer's own ``forward``.
     """
 
-    def __init__(self, layer: nn.Conv2d) -> None:
+    def __init__(self, layer: nn.Conv2d, activation: nn.Module | None = None) -> None:
+        """``activation`` alone takes the output, and has :class:`Activated` for its ``forward``."""
         self._layer = layer
+        self._activation = activation
         self._of: torch.Tensor | None = None
         self._packed: torch.Tensor | None = None
 
@@ -31,16 +42,34 @@ class Prepacked:
         layer = self._layer
         weight = layer.weight
         wanted = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else images.dtype
-        if images.dim() != 4 or weight.dtype is not wanted or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        fits = images.dim() == 4 and weight.dtype is wanted and wanted in TYPES
+        if not fits or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return nn.Conv2d.forward(layer, images)
         if self._of is not weight:
             self._of, self._packed = weight, _packed(layer, images)
         if self._packed is None:
             return nn.Conv2d.forward(layer, images)
         place = layer.padding, layer.stride, layer.dilation, layer.groups
+        name, arguments = ("none", []) if self._activation is None else POINTWISE[type(self._activation)]
         result: torch.Tensor = torch.ops.mkldnn._convolution_pointwise(
-            images.to(wanted), self._packed, layer.bias, *place, "none", [], ""
+            images.to(wanted), self._packed, layer.bias, *place, name, arguments, ""
         )
+        if self._activation is not None:
+            setattr(result, _DONE, True)
+        return result
+
+
+class Activated:
+    """An activation's ``forward``, after convolutions some of which have computed it already."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and getattr(images, _DONE, False):
+            delattr(images, _DONE)  # whatever is done with it from now on, an activation would be another one
+            return images
+        result: torch.Tensor = type(self._layer).forward(self._layer, images)
         return result
 
 
