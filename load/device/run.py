@@ -76,9 +76,9 @@ class Sample:
     device_busy: list[int] | None
     """Percent, as the driver told it twice a second; None without one."""
     stage_ms: dict[str, float]
+    """Mean duration per image or call, by stage."""
     to_device_ms: float
     """A batch's copy to the device, which runs while the batch before it computes."""
-    """Mean duration per image or call, by stage."""
     stage_busy: dict[str, float]
     batch_mean: float
     precision: str

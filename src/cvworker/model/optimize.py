@@ -48,10 +48,9 @@ class ChannelsLast:
         self.name = "channels-last"
         self._changes: list[tuple[nn.Module, str, nn.Parameter | None, nn.Parameter]] = []
         chains = chains_of(model)
-        pairs = [chain for chain in chains if chain.norm is not None]
         activations = {chain.convolution: chain.activation for chain in chains if chain.activation is not None}
         self._forwards: dict[nn.Module, Callable[..., torch.Tensor]] = {
-            chain.norm: _unchanged for chain in pairs if chain.norm is not None
+            chain.norm: _unchanged for chain in chains if chain.norm is not None
         }
         for convolution in filter(packable, model.modules()):
             activation = activations.get(convolution)
@@ -59,7 +58,9 @@ class ChannelsLast:
             if activation is not None:
                 self._forwards[activation] = Activated(activation)
         folded: dict[nn.Module, dict[str, nn.Parameter]] = {
-            pair.convolution: dict(zip(("weight", "bias"), pair.folded(), strict=True)) for pair in pairs
+            chain.convolution: dict(zip(("weight", "bias"), chain.folded(), strict=True))
+            for chain in chains
+            if chain.norm is not None
         }
         for layer in model.modules():
             # A subclass may do anything with its weights, and a parametrized layer is one.

@@ -11,15 +11,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
-from cvworker.model.folding import watched
+from cvworker.model.folding import ACTIVATIONS, watched
 
-POINTWISE: dict[type[nn.Module], tuple[str, list[float]]] = {
-    nn.ReLU: ("relu", []),
-    nn.ReLU6: ("hardtanh", [0.0, 6.0]),
-    nn.Hardswish: ("hardswish", []),
-    nn.SiLU: ("swish", []),
-}
-"""oneDNN's names for activations, with their arguments."""
 _DONE = "_cvworker_activated"
 TYPES = (torch.float32, torch.bfloat16)
 
@@ -50,7 +43,7 @@ class Prepacked:
         if self._packed is None:
             return nn.Conv2d.forward(layer, images)
         place = layer.padding, layer.stride, layer.dilation, layer.groups
-        name, arguments = ("none", []) if self._activation is None else POINTWISE[type(self._activation)]
+        name, arguments = ("none", []) if self._activation is None else ACTIVATIONS[type(self._activation)]
         result: torch.Tensor = torch.ops.mkldnn._convolution_pointwise(
             images.to(wanted), self._packed, layer.bias, *place, name, arguments, ""
         )
